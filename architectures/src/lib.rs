@@ -1,0 +1,15 @@
+//! What a model family is, on disk and in motion.
+//!
+//! Configs and tensor names ([`family`], [`families`]), how a dense family becomes a sparse one ([`upcycle`]), and the one forward pass
+//! ([`decoder`]). This crate does no file, network or terminal I/O: weights come in through the [`Weights`] trait.
+
+pub mod config;
+pub mod decoder;
+pub mod families;
+pub mod family;
+pub mod weights;
+
+pub use config::{Config, ConfigError};
+pub use families::{FAMILIES, detect};
+pub use family::{AttentionPart, Family, LayerRole, Projection, Role};
+pub use weights::{Dtype, TensorInfo, View, Weights, WeightsError};

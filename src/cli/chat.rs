@@ -1,0 +1,9 @@
+//! `upcycle chat`.
+
+/// Arguments of `chat`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {}
+
+pub(crate) fn run(_args: Args) -> anyhow::Result<()> {
+    anyhow::bail!("skeleton")
+}

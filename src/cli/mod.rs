@@ -1,0 +1,85 @@
+//! The commands, one file each: the only place that prints, exits, or uses `anyhow`.
+//!
+//! Data goes to stdout, everything else to stderr. Exit code 0: done; 1: the input is wrong and the message says what to change;
+//! 2: a bad command line.
+
+mod chat;
+mod completions;
+mod compose;
+mod demo;
+mod doctor;
+mod inspect;
+mod plan;
+mod run;
+#[cfg(feature = "serve")]
+mod serve;
+mod ui;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Compose fine-tunes of one base model into a Mixture-of-Experts, and serve it.
+#[derive(Debug, Parser)]
+#[command(version, propagate_version = true)]
+struct Cli {
+    /// Say more (-v), or much more (-vv)
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    verbose: u8,
+    /// Say nothing but errors
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    quiet: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Compose and try the bundled tiny experts: nothing to download
+    Demo(demo::Args),
+    /// Say what would be written: tensors, bytes, memory, problems
+    Plan(plan::Args),
+    /// Write the composite
+    Compose(compose::Args),
+    /// Serve a model with OpenAI's API
+    #[cfg(feature = "serve")]
+    Serve(serve::Args),
+    /// Talk to a model in the terminal
+    Chat(chat::Args),
+    /// One prompt in, text out
+    Run(run::Args),
+    /// Show what a model is made of
+    Inspect(inspect::Args),
+    /// Devices, features, disk and memory
+    Doctor(doctor::Args),
+    /// Shell completions
+    Completions(completions::Args),
+}
+
+/// Runs the command line; errors go to stderr as `error: ...`, causes below it.
+pub(crate) fn main() -> ExitCode {
+    let cli = Cli::parse();
+    ui::init(cli.verbose, cli.quiet);
+    let result = match cli.command {
+        Command::Demo(args) => demo::run(args),
+        Command::Plan(args) => plan::run(args),
+        Command::Compose(args) => compose::run(args),
+        #[cfg(feature = "serve")]
+        Command::Serve(args) => serve::run(args),
+        Command::Chat(args) => chat::run(args),
+        Command::Run(args) => run::run(args),
+        Command::Inspect(args) => inspect::run(args),
+        Command::Doctor(args) => doctor::run(args),
+        Command::Completions(args) => completions::run(args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => ui::report(&error),
+    }
+}
+
+/// For `completions`.
+fn command() -> clap::Command {
+    use clap::CommandFactory as _;
+    Cli::command()
+}

@@ -1,0 +1,1 @@
+//! Text in, text out: tokenizer, chat template, sampling, sequences and their scheduler over one decoder.

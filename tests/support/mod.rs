@@ -1,0 +1,3 @@
+//! What several test modules need: tiny models made by code, temporary directories, transcripts of the command line.
+
+pub mod models;
