@@ -1,0 +1,39 @@
+//! `hidden`: an expert's gate points to the mean state of its prompts' last tokens.
+//!
+//! The states are those that *enter* a layer, where mergekit-moe takes them; the router later sees the normed state after attention.
+
+use half::bf16;
+
+use super::{Method, Needs, Pooled, PromptState, Shape, Statistics, gate};
+use crate::gate::Gate;
+
+/// The method.
+pub const METHOD: Method = Method {
+    name: "hidden",
+    aliases: &["hidden_last"],
+    about: "mean state of the prompts' last tokens in each layer, minus that of the negative prompts",
+    needs: Needs::LastState,
+    init,
+};
+
+pub(super) fn init(shape: Shape, statistics: &Statistics) -> Vec<Gate> {
+    statistics.layers.iter().map(|states| gate(states, shape.hidden, row)).collect()
+}
+
+/// unit(mean(positive) - mean(negative)), [D], every intermediate result in bf16.
+fn row(state: &PromptState) -> Vec<f32> {
+    let mut difference = mean(&state.positive);
+    if let Some(negative) = &state.negative {
+        difference.iter_mut().zip(mean(negative)).for_each(|(p, n)| *p = round(*p - n));
+    }
+    let norm = round(difference.iter().map(|v| v * v).sum::<f32>().sqrt()).max(1e-8);
+    difference.into_iter().map(|v| round(v / norm)).collect()
+}
+
+fn mean(pooled: &Pooled) -> Vec<f32> {
+    pooled.sum.iter().map(|&sum| round(round(sum) / pooled.count as f32)).collect()
+}
+
+fn round(v: f32) -> f32 {
+    bf16::from_f32(v).to_f32()
+}
