@@ -4,6 +4,7 @@ mod error;
 mod map;
 mod place;
 mod safetensors;
+mod sidecar;
 
 use std::{
     collections::BTreeMap,
@@ -20,7 +21,10 @@ use self::{
 };
 use crate::recipe::ModelRef;
 
-pub use self::error::SourceError;
+pub use self::{
+    error::SourceError,
+    sidecar::{eos_ids, sidecar},
+};
 
 /// An opened model.
 pub struct Source {
