@@ -78,6 +78,11 @@ impl FromStr for DtypeChoice {
     }
 }
 
+/// The device of that name: `auto`, `cpu`, `cuda`, `cuda:N` or `metal`.
+pub fn pick(name: &str) -> Result<Device, DeviceError> {
+    Ok(open(name.parse()?)?.0)
+}
+
 /// The device, and where the choice was `Auto`, why the devices before it were passed over.
 pub fn open(choice: DeviceChoice) -> Result<(Device, Vec<DeviceError>), DeviceError> {
     let cuda = |number| answer(format!("cuda:{number}"), Device::new_cuda(number));

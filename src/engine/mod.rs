@@ -197,6 +197,7 @@ pub enum EngineError {
 /// A decoder at work on its own thread.
 #[derive(Debug)]
 pub struct Engine {
+    decoder: Arc<Decoder>,
     text: Text,
     options: Options,
     context: usize,
@@ -211,15 +212,17 @@ pub struct Engine {
 impl Engine {
     /// Starts the thread.
     pub fn start(decoder: Decoder, text: Text, options: Options) -> Result<Self, EngineError> {
+        let decoder = Arc::new(decoder);
         let config = decoder.config();
         let (context, vocab) = (options.context.unwrap_or(usize::MAX).min(config.max_positions), config.vocab);
         let (inbox, jobs) = mpsc::channel();
         let abort = Arc::new(AtomicBool::new(false));
         let thread = std::thread::Builder::new().name("engine".into()).spawn({
-            let (abort, tokenizer, options) = (abort.clone(), text.tokenizer.clone(), options.clone());
+            let (decoder, abort, tokenizer, options) = (decoder.clone(), abort.clone(), text.tokenizer.clone(), options.clone());
             move || scheduler::run(&decoder, &tokenizer, &options, &jobs, &abort)
         });
         Ok(Self {
+            decoder,
             text,
             options,
             context,
@@ -230,6 +233,16 @@ impl Engine {
             abort,
             thread: Some(thread.map_err(EngineError::Thread)?),
         })
+    }
+
+    /// The model that runs here; other users of it share its device.
+    pub fn decoder(&self) -> &Decoder {
+        &self.decoder
+    }
+
+    /// Text to tokens and back.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.text.tokenizer
     }
 
     /// Tokenizer, template and recommended sampling.
@@ -301,8 +314,8 @@ impl Engine {
         Ok(receiver)
     }
 
-    /// Generates to the end on the caller's thread, handing over text as it comes; a break cancels. Not for async code.
-    pub fn generate(&self, request: Request, mut on_text: impl FnMut(&str) -> ControlFlow<()>) -> Result<Option<Finish>, EngineError> {
+    /// Generates to the end on the caller's thread, handing over text as it comes; a break cancels and gives no finish. Not for async code.
+    pub fn stream(&self, request: Request, mut on_text: impl FnMut(&str) -> ControlFlow<()>) -> Result<Option<Finish>, EngineError> {
         let mut events = self.submit(request)?;
         while let Some(event) = events.blocking_recv() {
             match event {
@@ -316,6 +329,17 @@ impl Engine {
             }
         }
         Err(EngineError::Stopped)
+    }
+
+    /// The text after `prompt`, sampled as the model's makers recommend. Not for async code.
+    pub fn generate(&self, prompt: &str, max_tokens: usize) -> Result<String, EngineError> {
+        let (prompt, sampling) = (self.text.prompt(prompt)?, self.text.sampling.clone());
+        let mut text = String::new();
+        self.stream(Request { prompt, sampling, max_tokens: Some(max_tokens), stop: Vec::new() }, |piece| {
+            text.push_str(piece);
+            ControlFlow::Continue(())
+        })?;
+        Ok(text)
     }
 }
 

@@ -24,11 +24,7 @@ pub enum SidecarError {
 
 /// A sidecar's bytes, if there is one of that name.
 pub(super) fn bytes(sidecars: &BTreeMap<String, Sidecar>, file: &str) -> Result<Option<Vec<u8>>, SidecarError> {
-    Ok(match sidecars.get(file) {
-        None => None,
-        Some(Sidecar::File(path)) => Some(fs_err::read(path)?),
-        Some(Sidecar::Made(bytes)) => Some(bytes.clone()),
-    })
+    Ok(sidecars.get(file).map(Sidecar::read).transpose()?)
 }
 
 /// A sidecar's text.
