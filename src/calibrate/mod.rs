@@ -45,7 +45,9 @@ pub enum CalibrateError {
     #[error(transparent)]
     Template(#[from] TemplateError),
     /// There is nothing to wrap a prompt in.
-    #[error("the recipe says `chat_template: true`, but base model `{base}` has no chat template (leave it out, or use an instruct model as base)")]
+    #[error(
+        "the recipe says `chat_template: true`, but base model `{base}` has no chat template (leave it out, or use an instruct model as base)"
+    )]
     NoTemplate {
         /// the base
         base: String,
@@ -59,7 +61,9 @@ pub enum CalibrateError {
         prompt: String,
     },
     /// A token that the base's embedding does not have.
-    #[error("expert `{expert}`: token {token} of a prompt is not in the base's vocabulary of {vocab}: its tokenizer and its weights do not match")]
+    #[error(
+        "expert `{expert}`: token {token} of a prompt is not in the base's vocabulary of {vocab}: its tokenizer and its weights do not match"
+    )]
     Token {
         /// the expert
         expert: String,
@@ -85,11 +89,7 @@ pub enum CalibrateError {
 }
 
 /// The gates that the recipe asks for. `decoder` makes the base's decoder; it is called only if the method needs states.
-pub fn gates(
-    recipe: &Recipe,
-    base: &Source,
-    decoder: impl FnOnce() -> Result<Decoder, DecoderError>,
-) -> Result<Gates, CalibrateError> {
+pub fn gates(recipe: &Recipe, base: &Source, decoder: impl FnOnce() -> Result<Decoder, DecoderError>) -> Result<Gates, CalibrateError> {
     let method = recipe.gate_mode;
     let gated = |shared: &&Expert| method.needs == Needs::Nothing || !shared.positive_prompts.is_empty();
     let rows: Vec<&Expert> = recipe.experts.iter().chain(recipe.shared_experts.iter().filter(gated)).collect();
@@ -106,7 +106,8 @@ pub fn gates(
         };
         Statistics { layers }
     };
-    let shape = Shape { layers: base.config.layers, experts: rows.len(), hidden: base.config.hidden, seed: recipe.seed.unwrap_or(DEFAULT_SEED) };
+    let shape =
+        Shape { layers: base.config.layers, experts: rows.len(), hidden: base.config.hidden, seed: recipe.seed.unwrap_or(DEFAULT_SEED) };
     let all = (method.init)(shape, &statistics);
     let diagnosis = diagnose(&all);
     warnings.extend(diagnose::warnings(&diagnosis, &names.iter().map(String::as_str).collect::<Vec<_>>()));

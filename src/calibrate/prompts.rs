@@ -46,7 +46,8 @@ pub(super) fn tokenize(
         if tokens.len() > limit {
             let start: String = prompt.chars().take(40).collect();
             let length = tokens.len();
-            warnings.push(format!("expert `{expert}`: prompt {start:?}... has {length} tokens and is cut to the base's context of {limit}"));
+            warnings
+                .push(format!("expert `{expert}`: prompt {start:?}... has {length} tokens and is cut to the base's context of {limit}"));
             tokens.truncate(limit);
         }
         Ok(tokens)
