@@ -44,7 +44,8 @@ impl Composite {
         match &planned.parts[part] {
             Part::Tensor { source, tensor: name, noise, scale } => {
                 let view = self.sources.all[*source].weights.read(name)?;
-                let edited = if noise.is_some() || scale.is_some() { edit(&view, *noise, *scale, self.rng(&planned.name, part))? } else { view };
+                let edited =
+                    if noise.is_some() || scale.is_some() { edit(&view, *noise, *scale, self.rng(&planned.name, part))? } else { view };
                 Ok(edited.cast(dtype)?.data)
             }
             Part::Mean { of } => {

@@ -385,4 +385,3 @@ pub struct Gates {
     /// [L] of [1, D]; empty if the shared expert has no gate of its own
     pub shared: Vec<Vec<f32>>,
 }
-
