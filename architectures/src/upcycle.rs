@@ -27,12 +27,7 @@ pub struct Target {
 /// Every target, in the order in which they are tried.
 pub const TARGETS: &[Target] = &[
     Target { name: "Mixtral", family: &families::mixtral::MIXTRAL, from: &["llama", "mistral"], shared_expert: false },
-    Target {
-        name: "Qwen MoE",
-        family: &families::qwen2_moe::QWEN2_MOE,
-        from: &["qwen2", "llama", "mistral"],
-        shared_expert: true,
-    },
+    Target { name: "Qwen MoE", family: &families::qwen2_moe::QWEN2_MOE, from: &["qwen2", "llama", "mistral"], shared_expert: true },
     Target { name: "Qwen3 MoE", family: &families::qwen3_moe::QWEN3_MOE, from: &["qwen3"], shared_expert: false },
 ];
 
@@ -88,7 +83,9 @@ impl Target {
     /// `dense` is the base's config, `base` its JSON.
     pub fn config_json(&self, base: &Value, dense: &Config, request: Request) -> Value {
         let mut out = base.as_object().cloned().unwrap_or_default();
-        for stale in ["quantization_config", "auto_map", "_name_or_path", "transformers_version", "attention_bias", "mlp_bias", "pretraining_tp"] {
+        for stale in
+            ["quantization_config", "auto_map", "_name_or_path", "transformers_version", "attention_bias", "mlp_bias", "pretraining_tp"]
+        {
             out.remove(stale);
         }
         let mut set = |key: &str, value: Value| out.insert(key.to_owned(), value);

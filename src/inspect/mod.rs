@@ -3,5 +3,5 @@
 mod routing;
 mod summary;
 
-pub use routing::{Load, load};
+pub use routing::load;
 pub use summary::{Summary, gates, summary};

@@ -122,10 +122,8 @@ fn compare_vocabularies(recipe: &Recipe, base: &Source, expert: &Source, problem
         }
         return;
     };
-    let mut different: Vec<(&str, usize, usize)> = theirs
-        .iter()
-        .filter_map(|(token, &id)| ours.get(token).filter(|own| **own != id).map(|&own| (token.as_str(), own, id)))
-        .collect();
+    let mut different: Vec<(&str, usize, usize)> =
+        theirs.iter().filter_map(|(token, &id)| ours.get(token).filter(|own| **own != id).map(|&own| (token.as_str(), own, id))).collect();
     different.sort_unstable_by_key(|(_, own, _)| *own);
     let taken: HashMap<usize, &str> = ours.iter().map(|(token, &id)| (id, token.as_str())).collect();
     let unknown: Vec<&String> = theirs.keys().filter(|token| !ours.contains_key(*token)).collect();
@@ -177,7 +175,9 @@ fn vocabulary(source: &Source) -> Option<HashMap<String, usize>> {
         _ => return None,
     }
     for token in json.get("added_tokens").and_then(|added| added.as_array()).into_iter().flatten() {
-        if let (Some(content), Some(id)) = (token.get("content").and_then(|c| c.as_str()), token.get("id").and_then(serde_json::Value::as_u64)) {
+        if let (Some(content), Some(id)) =
+            (token.get("content").and_then(|c| c.as_str()), token.get("id").and_then(serde_json::Value::as_u64))
+        {
             all.insert(content.to_owned(), id as usize);
         }
     }
@@ -201,7 +201,10 @@ pub(super) fn missing(sources: &Sources, tensors: &[PlannedTensor]) -> Vec<Probl
             (None, _) => format!("{} has no tensor `{name}` ({})", source.reference, source.location.display()),
             (Some(TensorInfo { shape, .. }), Some(wanted)) if shape != *wanted => {
                 let reference = &source.reference;
-                format!("{reference}: tensor `{name}` has shape {shape:?}, but its config.json makes it {wanted:?} ({})", source.location.display())
+                format!(
+                    "{reference}: tensor `{name}` has shape {shape:?}, but its config.json makes it {wanted:?} ({})",
+                    source.location.display()
+                )
             }
             _ => return,
         };

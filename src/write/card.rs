@@ -8,10 +8,13 @@ pub(super) fn render(composite: &Composite, recipe: &Recipe) -> String {
     let plan = &composite.plan;
     let (all, active) = plan.parameters();
     let mut text = String::from("---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [moe, merge, upcycle]\n");
-    let named: Vec<String> = composite.sources.all.iter().map(|source| source.reference.path.clone()).filter(|path| hub_name(path)).collect();
+    let named: Vec<String> =
+        composite.sources.all.iter().map(|source| source.reference.path.clone()).filter(|path| hub_name(path)).collect();
     if !named.is_empty() {
         let _ = writeln!(text, "base_model:");
-        named.iter().for_each(|path| drop(writeln!(text, "- {path}")));
+        for path in named {
+            let _ = writeln!(text, "- {path}");
+        }
     }
     let experts = recipe.experts.len();
     let k = recipe.experts_per_token;
@@ -36,6 +39,8 @@ pub(super) fn render(composite: &Composite, recipe: &Recipe) -> String {
 
 /// `owner/name`, not a path.
 fn hub_name(path: &str) -> bool {
-    let plain = |part: &str| !part.is_empty() && !part.starts_with('.') && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
-    matches!(path.split('/').collect::<Vec<_>>().as_slice(), [owner, name] if plain(owner) && plain(name)) && !std::path::Path::new(path).exists()
+    let plain =
+        |part: &str| !part.is_empty() && !part.starts_with('.') && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
+    matches!(path.split('/').collect::<Vec<_>>().as_slice(), [owner, name] if plain(owner) && plain(name))
+        && !std::path::Path::new(path).exists()
 }

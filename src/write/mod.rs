@@ -82,7 +82,9 @@ pub enum WriteError {
         error: WeightsError,
     },
     /// A tensor with NaN or infinity in it.
-    #[error("tensor `{tensor}` has NaN or infinite values; they come from {origin} (`--allow non-finite-weights` writes them all the same)")]
+    #[error(
+        "tensor `{tensor}` has NaN or infinite values; they come from {origin} (`--allow non-finite-weights` writes them all the same)"
+    )]
     NonFinite {
         /// its name in the composite
         tensor: String,
@@ -115,7 +117,13 @@ pub struct Written {
 const STATE: &str = ".upcycle-unfinished";
 
 /// Writes the composite into directory `out` (made if it is not there).
-pub fn write(composite: &Composite, recipe: &Recipe, out: &Path, options: &Options, progress: &dyn Progress) -> Result<Written, WriteError> {
+pub fn write(
+    composite: &Composite,
+    recipe: &Recipe,
+    out: &Path,
+    options: &Options,
+    progress: &dyn Progress,
+) -> Result<Written, WriteError> {
     let shards = shard::layout(&composite.plan.tensors, options.shard_size);
     let digest = digest(composite, options);
     let state = claim(out, &digest, options.overwrite, progress)?;
@@ -150,6 +158,19 @@ pub fn write(composite: &Composite, recipe: &Recipe, out: &Path, options: &Optio
     drop(state);
     fs_err::remove_file(out.join(STATE))?;
     Ok(Written { shards: shards.iter().map(|shard| (shard.file.clone(), shard.bytes())).collect(), found })
+}
+
+/// Whether [`write`] would refuse the directory, asked before any work is done.
+pub fn check_directory(out: &Path, options: &Options) -> Result<(), WriteError> {
+    let mut entries = match fs_err::read_dir(out) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error.into()),
+    };
+    if !options.overwrite && !out.join(STATE).exists() && entries.next().is_some() {
+        return Err(WriteError::Occupied(out.to_owned()));
+    }
+    Ok(())
 }
 
 /// Makes the directory ours: empty, or left unfinished by the same recipe. The returned file holds the lock.
@@ -190,9 +211,18 @@ fn stale(path: &Path) -> bool {
 /// Of everything that decides the output's bytes: the plan, the gates, the layout, and which files the sources are at this moment.
 fn digest(composite: &Composite, options: &Options) -> String {
     let mut hash = Sha256::new();
-    hash.update(json!([composite.plan.tensors, composite.plan.config_json, composite.plan.dtype.torch_name(), composite.plan.seed, options.shard_size]).to_string());
+    hash.update(
+        json!([
+            composite.plan.tensors,
+            composite.plan.config_json,
+            composite.plan.dtype.torch_name(),
+            composite.plan.seed,
+            options.shard_size
+        ])
+        .to_string(),
+    );
     for gate in composite.gates().routed.iter().chain(&composite.gates().shared) {
-        gate.iter().for_each(|value| hash.update(value.to_le_bytes()));
+        gate.weight.iter().for_each(|value| hash.update(value.to_le_bytes()));
     }
     for source in &composite.sources.all {
         hash.update(source.location.as_os_str().as_encoded_bytes());

@@ -68,7 +68,13 @@ fn header(tensors: &[PlannedTensor]) -> Vec<u8> {
 }
 
 /// Writes the shard to `path` and syncs it. Holds at most one part of a tensor per thread.
-pub(super) fn fill(composite: &Composite, shard: &Shard, path: &Path, options: &Options, progress: &dyn Progress) -> Result<(), WriteError> {
+pub(super) fn fill(
+    composite: &Composite,
+    shard: &Shard,
+    path: &Path,
+    options: &Options,
+    progress: &dyn Progress,
+) -> Result<(), WriteError> {
     let file = fs_err::OpenOptions::new().write(true).create(true).truncate(true).open(path)?;
     file.set_len(shard.bytes())?;
     write_at(&file, &shard.header, 0)?;
@@ -128,7 +134,6 @@ fn finite(bytes: &[u8], dtype: Dtype) -> bool {
 
 #[cfg(unix)]
 fn write_at(file: &fs_err::File, bytes: &[u8], offset: u64) -> std::io::Result<()> {
-    use fs_err::os::unix::fs::FileExt as _;
     use std::os::unix::fs::FileExt as _;
     file.file().write_all_at(bytes, offset)
 }
