@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    panic::AssertUnwindSafe,
     path::{Path, PathBuf},
 };
 
@@ -16,6 +17,7 @@ use upcycle::{
     write::{self, Options, Silent, WriteError},
 };
 use upcycle_architectures::Weights as _;
+use upcycle_routers::gate::Gate;
 
 use crate::support::models;
 
@@ -44,7 +46,7 @@ impl Models {
             text += &format!("  - source_model: {}\n    positive_prompts: [w5 w{}]\n", self.path(name).display(), name.len());
             text += expert;
         }
-        recipe::parse(&text, &self.path("recipe.yml"), &["identical-prompts".to_owned()]).unwrap().0
+        recipe::parse(&text, &self.path("recipe.yml"), &["identical-prompts".parse().unwrap()]).unwrap().0
     }
 
     fn plan(&self, recipe: &Recipe) -> Result<(Plan, Sources), PlanError> {
@@ -55,7 +57,9 @@ impl Models {
     fn composite(&self, recipe: &Recipe) -> Composite {
         let (plan, sources) = self.plan(recipe).unwrap();
         let rows = recipe.experts.len() * models::HIDDEN;
-        let routed = (0..models::LAYERS).map(|l| (0..rows).map(|i| (l * rows + i) as f32 / 64.0).collect()).collect();
+        let weight = |l: usize| (0..rows).map(|i| (l * rows + i) as f32 / 64.0).collect();
+        let gate = |l| Gate { experts: recipe.experts.len(), hidden: models::HIDDEN, weight: weight(l) };
+        let routed = (0..models::LAYERS).map(gate).collect();
         plan::composite(plan, sources, Gates { routed, shared: Vec::new() })
     }
 }
@@ -115,7 +119,7 @@ fn every_tensor_has_its_source_s_bytes() {
             }
             let (shape, bytes) = written.remove(&format!("model.layers.{l}.{router}")).unwrap();
             assert_eq!(shape, [3, models::HIDDEN]);
-            let expected: Vec<u8> = composite.gates().routed[l].iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect();
+            let expected: Vec<u8> = composite.gates().routed[l].weight.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect();
             assert_eq!(bytes, expected, "{family} gate {l}");
             if family == "qwen2" {
                 for (name, shape) in [("gate_proj", [256, 32]), ("up_proj", [256, 32]), ("down_proj", [32, 256])] {
@@ -188,7 +192,7 @@ fn an_interrupted_write_goes_on_and_ends_with_the_same_bytes() {
             panic!("killed");
         }
     }
-    let killed = std::panic::catch_unwind(|| write::write(&composite, &recipe, &broken, &options, &Stop));
+    let killed = std::panic::catch_unwind(AssertUnwindSafe(|| write::write(&composite, &recipe, &broken, &options, &Stop)));
     assert!(killed.is_err());
     assert!(!broken.join("config.json").exists(), "an unfinished directory is no model");
     let first = fs_err::metadata(broken.join(&shards[0].0)).unwrap().modified().unwrap();
@@ -210,7 +214,9 @@ fn a_changed_recipe_starts_over() {
             panic!("killed");
         }
     }
-    assert!(std::panic::catch_unwind(|| write::write(&models.composite(&recipe), &recipe, &out, &options, &Stop)).is_err());
+    assert!(
+        std::panic::catch_unwind(AssertUnwindSafe(|| write::write(&models.composite(&recipe), &recipe, &out, &options, &Stop))).is_err()
+    );
     let other = models.recipe("gate_mode: random\ndtype: float32", "");
     let resumed = write::write(&models.composite(&other), &other, &out, &options, &Silent).unwrap();
     assert_eq!(resumed.found, 0);

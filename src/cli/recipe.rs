@@ -1,16 +1,20 @@
 //! What every command that takes a recipe does with it: read, open its models, plan, set the gates.
 
-use std::path::{Path, PathBuf};
+use std::{path::Path, str::FromStr as _};
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use upcycle::{
     calibrate,
-    plan::{self, Composite, Part, Plan, Sources},
-    recipe::{ModelRef, Recipe},
+    plan::{self, Composite, Gates, Part, Plan, Sources},
+    recipe::{Lint, ModelRef, Recipe},
     source::{self, OpenOptions, Source},
 };
+use upcycle_architectures::decoder::Decoder;
 
-use super::ui;
+use super::{model::DeviceArgs, ui};
+
+/// The check that the writer makes.
+pub(crate) const NON_FINITE: &str = "non-finite-weights";
 
 /// Options of every command that takes a recipe.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -25,29 +29,21 @@ pub(crate) struct Options {
 
 /// Reads and checks the recipe; warnings go to stderr.
 pub(crate) fn read(path: &Path, options: &Options) -> anyhow::Result<Recipe> {
-    let known: Vec<&str> = lints().map(|(name, _)| name).collect();
-    if let Some(unknown) = options.allow.iter().find(|name| !known.contains(&name.as_str())) {
-        bail!("`--allow {unknown}`: no such check; there are {}", known.join(", "));
-    }
-    let (mut recipe, warnings) = upcycle::recipe::read(path, &options.allow)?;
-    warnings.iter().for_each(ui::warn);
+    let elsewhere = |name: &&String| name.as_str() == NON_FINITE || plan::LINTS.iter().any(|(lint, _)| *lint == name.as_str());
+    let names = options.allow.iter().filter(|name| !elsewhere(name));
+    let allow = names.map(|name| Lint::from_str(name).with_context(|| format!("`--allow {name}`"))).collect::<anyhow::Result<Vec<_>>>()?;
+    let (mut recipe, warnings) = upcycle::recipe::read(path, &allow)?;
+    warnings.iter().for_each(ui::problem);
     recipe.seed = options.random_seed.or(recipe.seed);
     Ok(recipe)
-}
-
-/// Every check that `--allow` can waive: name and what it is about.
-pub(crate) fn lints() -> impl Iterator<Item = (&'static str, &'static str)> {
-    let written = ("non-finite-weights", "weights that are NaN or infinite are written");
-    upcycle::recipe::LINTS.iter().map(|lint| (lint.name, lint.about)).chain(plan::LINTS.iter().copied()).chain([written])
 }
 
 /// Opens every model of the recipe, headers only. A path that is not there from the working directory is tried from the recipe's.
 pub(crate) fn open(recipe: &Recipe) -> anyhow::Result<Sources> {
     let directory = recipe.file.parent().unwrap_or(Path::new("")).to_owned();
-    let progress = ui::DownloadProgress::new();
     Sources::open(recipe, |reference, base| {
         let place = beside(reference, &directory);
-        let options = OpenOptions { base: base.map(|base| beside(&base.reference, &directory)), progress: Some(&progress), ..OpenOptions::default() };
+        let options = OpenOptions { base: base.map(|base| beside(&base.reference, &directory)) };
         let source = source::open(&place, &options)?;
         Ok(Source { reference: reference.clone(), ..source })
     })
@@ -71,12 +67,15 @@ pub(crate) fn plan(recipe: &Recipe, sources: &Sources, options: &Options) -> any
 }
 
 /// Recipe to composite: opens, plans, sets the gates. Nothing is written.
-pub(crate) fn composite(recipe: &Recipe, options: &Options, device: &Device) -> anyhow::Result<Composite> {
+pub(crate) fn composite(recipe: &Recipe, options: &Options, device: &DeviceArgs) -> anyhow::Result<Composite> {
     let sources = open(recipe)?;
     let plan = plan(recipe, &sources, options)?;
-    let gates = calibrate::gates(recipe, &sources, &plan, device)?;
+    let base = sources.base();
+    let place = device.open()?;
+    let decoder = || Decoder::load(base.family, &base.config, &*base.weights, device.dtype(&place, &base.config), &place);
+    let gates = calibrate::gates(recipe, base, decoder)?;
     gates.warnings.iter().for_each(ui::warn);
-    Ok(plan::composite(plan, sources, gates.gates))
+    Ok(plan::composite(plan, sources, Gates { routed: gates.routed, shared: gates.shared.unwrap_or_default() }))
 }
 
 /// One part of a tensor in words.
