@@ -264,7 +264,7 @@ fn parse(name: &str) -> Option<(String, Part)> {
 fn find_pattern<'a>(patterns: Option<&'a Map<String, Value>>, kind: &str, module: &str) -> Result<Option<&'a Value>, String> {
     for (key, value) in patterns.into_iter().flatten() {
         let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{key})$"))
-            .map_err(|error| format!("`{kind}` key `{key}` is no regular expression: {error}"))?;
+            .map_err(|_| format!("`{kind}` has the key `{key}`, which is no regular expression"))?;
         if regex.is_match(module) {
             return Ok(Some(value));
         }
