@@ -181,6 +181,24 @@ fn an_embedding_is_adapted_with_its_factors_swapped() {
 }
 
 #[test]
+fn a_layer_saved_below_its_lora_is_where_the_lora_starts() {
+    let base = model("llama");
+    let mut tensors = down(4);
+    let own = random(&[models::HIDDEN, models::FFN], 9);
+    tensors.insert(format!("base_model.model.{DOWN}.base_layer.weight"), own.clone());
+    let merged = merged(base.path(), &write(&lora(4, 4), &tensors)).unwrap();
+    tensors.remove(&format!("base_model.model.{DOWN}.base_layer.weight"));
+    // The same LoRA on a base whose weight is the saved one.
+    let plain = self::merged(base.path(), &write(&lora(4, 4), &tensors)).unwrap();
+    let name = format!("{DOWN}.weight");
+    let (w, merged, plain) = (values(&open(base.path()).unwrap(), &name), values(&merged, &name), values(&plain, &name));
+    for i in 0..w.len() {
+        let expected = own.1[i] + plain[i] - w[i];
+        assert!((merged[i] - expected).abs() < 0.02, "{} is not {expected}", merged[i]);
+    }
+}
+
+#[test]
 fn dora_scales_rows_to_their_magnitude() {
     let base = model("llama");
     let mut tensors = down(4);
