@@ -128,8 +128,9 @@ fn reply(request: &Request, port: u16, behaviour: &mut Behaviour) -> Reply {
         let listing = serde_json::json!({"id": id, "sha": COMMIT, "siblings": siblings});
         return Reply { body: listing.to_string().into_bytes(), ..status("200 OK") };
     }
-    let (id, rest) = path[1..].split_once("/resolve/").unwrap();
-    let (revision, name) = rest.split_once('/').unwrap();
+    let Some((id, (revision, name))) = path[1..].split_once("/resolve/").and_then(|(id, rest)| Some((id, rest.split_once('/')?))) else {
+        return status("404 Not Found");
+    };
     let file = behaviour.repos.get(id).and_then(|files| files.get(name)).filter(|_| known(revision)).cloned();
     let Some(file) = file else { return status("404 Not Found") };
     let hash = format!("{:x}", Sha256::digest(&file));
