@@ -123,7 +123,7 @@ fn only_states_need_a_decoder() {
         let recipe = two(&format!("gate_mode: {mode}"), "one", "two");
         let none = || panic!("{mode} needs no decoder");
         let gates = gates(&recipe, &open(&recipe), none).unwrap().gates;
-        assert_eq!((gates.routed.len(), gates.routed[0].len(), gates.shared.len()), (4, 2 * 256, 0), "{mode}");
+        assert_eq!((gates.routed.len(), gates.routed[0].weight.len(), gates.shared.len()), (4, 2 * 256, 0), "{mode}");
     }
 }
 

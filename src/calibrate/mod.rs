@@ -96,8 +96,7 @@ pub fn gates(
     decoder: impl FnOnce() -> Result<Decoder, DecoderError>,
 ) -> Result<Calibrated, CalibrateError> {
     let method = recipe.gate_mode;
-    let gated = |shared: &&Expert| method.needs == Needs::Nothing || !shared.positive_prompts.is_empty();
-    let rows: Vec<&Expert> = recipe.experts.iter().chain(recipe.shared_experts.iter().filter(gated)).collect();
+    let rows: Vec<&Expert> = recipe.gated().collect();
     let names = names(&rows);
     let mut warnings = Vec::new();
     let statistics = if method.needs == Needs::Nothing {
@@ -117,9 +116,8 @@ pub fn gates(
     let diagnosis = diagnose(&all);
     warnings.extend(diagnose::warnings(&diagnosis, &names.iter().map(String::as_str).collect::<Vec<_>>()));
     let (routed, shared): (Vec<Gate>, Vec<Gate>) = all.into_iter().map(|gate| gate.split(recipe.experts.len())).unzip();
-    let flat = |gates: Vec<Gate>| gates.into_iter().map(|gate| gate.weight).collect();
-    let shared = if rows.len() > recipe.experts.len() { flat(shared) } else { Vec::new() };
-    Ok(Calibrated { gates: Gates { routed: flat(routed), shared }, diagnosis, warnings })
+    let shared = if rows.len() > recipe.experts.len() { shared } else { Vec::new() };
+    Ok(Calibrated { gates: Gates { routed, shared }, diagnosis, warnings })
 }
 
 /// What to call the experts: the last part of their path if that tells them apart, else all of it.

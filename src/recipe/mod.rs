@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use upcycle_architectures::Dtype;
-use upcycle_routers::init::Method;
+use upcycle_routers::init::{Method, Needs};
 
 pub use self::{
     lints::{LINTS, Level, Lint, LintError},
@@ -129,6 +129,13 @@ pub fn parse(text: &str, file: &Path, allow: &[Lint]) -> Result<(Recipe, Vec<Pro
 }
 
 impl Recipe {
+    /// Whose gates are set: the routed experts, then the shared expert if it has prompts or the method needs none.
+    pub fn gated(&self) -> impl Iterator<Item = &Expert> {
+        let shared =
+            self.shared_experts.iter().filter(|shared| self.gate_mode.needs == Needs::Nothing || !shared.positive_prompts.is_empty());
+        self.experts.iter().chain(shared)
+    }
+
     /// What was understood, for `plan --json`: every key of a recipe with its value, defaults filled in.
     pub fn to_json(&self) -> Value {
         let expert = |expert: &Expert| {
