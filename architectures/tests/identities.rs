@@ -158,6 +158,28 @@ fn a_stopped_call_leaves_no_trace() {
     assert_close("after a stop", &values(&after), &case.golden.values("short.logits"));
 }
 
+/// Without attention a token's result is that of the token alone at any place.
+#[test]
+fn without_attention_tokens_are_alone() {
+    struct Alone;
+    impl Probe for Alone {
+        fn attends(&self, _layer: usize) -> bool {
+            false
+        }
+    }
+    let case = Case::open("llama-bias");
+    let decoder = case.decoder(DType::F32);
+    let tokens = case.golden.tokens("short.input_ids");
+    let together = logits_with(&decoder, &tokens, &mut Alone);
+    let mut cache = decoder.cache();
+    for (token, together) in tokens.iter().zip(together.chunks(case.config.vocab)) {
+        let step = Step { tokens: &[*token], cache: &mut cache, logits: Logits::All };
+        assert_close("alone", &values(&decoder.forward(&mut [step], &mut Alone).unwrap()), together);
+        assert_eq!(cache.len(), 0);
+    }
+    assert!(max_difference(&together, &case.golden.values("short.logits")) > 0.1);
+}
+
 /// A cache that is cut back goes on as if the rest had never been.
 #[test]
 fn a_cut_cache_forgets() {

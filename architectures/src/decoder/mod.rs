@@ -2,6 +2,10 @@
 //!
 //! Sequences of any length run together: their tokens are laid end to end as rows [N, D] (N = all new tokens of all sequences), so that
 //! linear layers and experts see one matrix; only attention looks at each sequence by itself.
+//!
+//! A sequence's results do not depend on its neighbours, nor on how it is cut into calls (two rope kinds apart: see `rope.rs`), to rounding.
+//! On the CPU, a neighbour changes not even the last bit unless it carries a call, or an expert's share of one, over the border between few
+//! rows and many: the two are multiplied in ways that sum in different orders (see `matrix.rs`; seen with candle's default gemm).
 
 mod attention;
 mod cache;
@@ -66,7 +70,8 @@ pub trait Probe {
     /// Sees, and may change, the routing of a sparse layer; `logits` is row-major [N, E].
     fn route(&mut self, _layer: usize, _logits: &[f32], _routing: &mut Routing) {}
 
-    /// Returns false to leave attention out of this layer, as if every token attended to nothing (its output is zero, before the o projection).
+    /// Returns false to leave attention out of this layer, as if every token attended to nothing: what o sees is zero. The call then leaves no
+    /// token in the caches.
     fn attends(&self, _layer: usize) -> bool {
         true
     }
@@ -240,12 +245,15 @@ impl Decoder {
         let spans: Vec<_> = steps.iter().map(|step| (step.cache.len(), step.tokens.len())).collect();
         let rope = Table::new(&self.config.rope, self.config.head_dim, &spans, &self.device)?;
 
+        let mut remembered = true;
         let mut x = self.embedding.gather(&tokens)?; // [N, D]
         for (l, layer) in self.layers.iter().enumerate() {
             look(probe, Site::LayerInput, l, &x)?;
             let normed = layer.input_norm.forward(&x)?;
             look(probe, Site::AttentionInput, l, &normed)?;
-            let mixed = layer.attention.forward(&normed, &rope, l, steps)?; // [N, H hd]
+            let attends = probe.attends(l);
+            remembered &= attends;
+            let mixed = if attends { layer.attention.forward(&normed, &rope, l, steps)? } else { layer.attention.nothing(&normed)? }; // [N, H hd]
             look(probe, Site::AttentionOutput, l, &mixed)?;
             x = (x + layer.attention.o.forward(&mixed)?)?;
             look(probe, Site::AfterAttention, l, &x)?;
@@ -272,7 +280,7 @@ impl Decoder {
             let x = if wanted.len() == tokens.len() { x } else { x.index_select(&Tensor::new(wanted, &self.device)?, 0)? };
             self.head.times(&self.final_norm.forward(&x)?)?.to_dtype(DType::F32)?
         };
-        for step in steps {
+        for step in steps.iter_mut().filter(|_| remembered) {
             step.cache.advance(step.tokens.len());
         }
         Ok(logits)
