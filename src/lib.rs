@@ -5,6 +5,7 @@
 pub mod calibrate;
 pub mod engine;
 pub mod env;
+pub mod inspect;
 pub mod plan;
 pub mod recipe;
 #[cfg(feature = "serve")]

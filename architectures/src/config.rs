@@ -7,6 +7,7 @@ use crate::weights::Dtype;
 
 /// One model: dimensions and switches. Letters as in the rest of the project: L layers, D hidden, H heads, F ffn, V vocabulary, E experts.
 #[derive(Debug, Clone, PartialEq)]
+#[allow(clippy::struct_excessive_bools, reason = "independent switches of a family, not states")]
 pub struct Config {
     /// `model_type`
     pub model_type: String,
@@ -112,7 +113,7 @@ pub enum RopeScaling {
         /// original length
         original: usize,
     },
-    /// YaRN (arXiv 2309.00071)
+    /// `YaRN` (arXiv 2309.00071)
     Yarn {
         /// stretch
         factor: f64,
@@ -127,7 +128,7 @@ pub enum RopeScaling {
         /// whether the correction range is truncated to whole dimensions
         truncate: bool,
     },
-    /// LongRoPE (arXiv 2402.13753): a divisor per frequency, other ones beyond the original length
+    /// `LongRoPE` (arXiv 2402.13753): a divisor per frequency, other ones beyond the original length
     LongRope {
         /// divisors up to the original length
         short: Vec<f64>,
@@ -158,7 +159,7 @@ pub enum ConfigError {
     #[error("config.json: `{key}` is missing")]
     Missing {
         /// the key
-        key: &'static str,
+        key: String,
     },
     /// A value that makes no sense.
     #[error("config.json: `{key}` is {found}, expected {expected}")]

@@ -7,6 +7,7 @@ pub mod config;
 pub mod decoder;
 pub mod families;
 pub mod family;
+pub mod upcycle;
 pub mod weights;
 
 pub use config::{Config, ConfigError};

@@ -1,6 +1,6 @@
 //! A set of named tensors that can be read on demand: the one interface between whoever has weights and whoever needs them.
 //!
-//! An opened checkpoint, a LoRA adapter over its base, a GGUF file and a composite that exists only as a plan are all [`Weights`].
+//! An opened checkpoint, a `LoRA` adapter over its base, a GGUF file and a composite that exists only as a plan are all [`Weights`].
 //! Nothing here opens a file: the bytes come in as [`Bytes`], which may borrow a memory map.
 
 use bytes::Bytes;

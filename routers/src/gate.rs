@@ -16,4 +16,11 @@ impl Gate {
     pub fn row(&self, e: usize) -> &[f32] {
         &self.weight[e * self.hidden..(e + 1) * self.hidden]
     }
+
+    /// The gate of the first `experts` experts and that of the others.
+    pub fn split(mut self, experts: usize) -> (Self, Self) {
+        let rest = self.weight.split_off(experts * self.hidden);
+        let others = Self { experts: self.experts - experts, hidden: self.hidden, weight: rest };
+        (Self { experts, ..self }, others)
+    }
 }

@@ -1,4 +1,9 @@
 //! Logits to experts: the only place that knows how chosen weights are normalised.
+//!
+//! Softmax, then top-k, then (or not) normalisation: Mixtral (arXiv 2401.04088, section 2.1) takes the softmax of the K chosen logits, which
+//! equals normalising the chosen weights of the softmax over all E, as `norm_topk_prob` of Qwen-MoE does; without it they stay as they are.
+
+use std::cmp::Ordering;
 
 /// How experts are chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,22 +26,129 @@ pub struct Routing {
 }
 
 /// Softmax over the E logits of each token (f32), the K largest, normalised as the rule says.
-/// `logits` is row-major [N, E]; `rule.top_k` is at most E.
+///
+/// `logits` is row-major [N, E]; more than E experts are never chosen. A logit that is not a number is the lowest, so that weights are
+/// always finite.
 pub fn route(logits: &[f32], experts: usize, rule: Rule) -> Routing {
     let k = rule.top_k.min(experts);
-    let tokens = logits.len() / experts.max(1);
+    if k == 0 {
+        return Routing { top_k: 0, experts: Vec::new(), weights: Vec::new() };
+    }
+    let tokens = logits.len() / experts;
     let mut routing = Routing { top_k: k, experts: Vec::with_capacity(tokens * k), weights: Vec::with_capacity(tokens * k) };
-    let mut order: Vec<u32> = Vec::with_capacity(experts);
-    for row in logits.chunks_exact(experts.max(1)) {
+    let (mut row, mut order) = (Vec::with_capacity(experts), Vec::with_capacity(experts));
+    for logits in logits.chunks_exact(experts) {
+        row.clear();
+        row.extend(logits.iter().map(|&v| finite(v)));
         order.clear();
         order.extend(0..experts as u32);
-        order.sort_by(|&a, &b| row[b as usize].total_cmp(&row[a as usize]));
-        let max = row[order[0] as usize];
-        let chosen = &order[..k];
-        let summed = if rule.normalise { chosen } else { &order[..] };
-        let total: f32 = summed.iter().map(|&e| (row[e as usize] - max).exp()).sum();
+        let by_falling_logit = |a: &u32, b: &u32| {
+            let values = row[*b as usize].partial_cmp(&row[*a as usize]);
+            values.unwrap_or(Ordering::Equal).then(a.cmp(b))
+        };
+        order.select_nth_unstable_by(k - 1, by_falling_logit);
+        let chosen = &mut order[..k];
+        chosen.sort_unstable_by(by_falling_logit);
+        let max = row[chosen[0] as usize];
+        let total: f32 = if rule.normalise {
+            chosen.iter().map(|&e| (row[e as usize] - max).exp()).sum()
+        } else {
+            row.iter().map(|v| (v - max).exp()).sum()
+        };
         routing.weights.extend(chosen.iter().map(|&e| (row[e as usize] - max).exp() / total));
         routing.experts.extend_from_slice(chosen);
     }
     routing
+}
+
+fn finite(v: f32) -> f32 {
+    if v.is_nan() { f32::MIN } else { v.clamp(f32::MIN, f32::MAX) }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const NORMALISED: Rule = Rule { top_k: 2, normalise: true };
+
+    #[test]
+    fn weights_are_those_of_the_formulas() {
+        // softmax of (1, 3, 2, 0) is (0.0871, 0.6439, 0.2369, 0.0321)
+        let logits = [1.0, 3.0, 2.0, 0.0];
+        let close = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-4);
+        let normalised = route(&logits, 4, NORMALISED);
+        assert_eq!(normalised.experts, [1, 2]);
+        assert!(close(&normalised.weights, &[0.7311, 0.2689]));
+        let plain = route(&logits, 4, Rule { normalise: false, ..NORMALISED });
+        assert_eq!(plain.experts, [1, 2]);
+        assert!(close(&plain.weights, &[0.6439, 0.2369]));
+    }
+
+    #[test]
+    fn equal_logits_go_to_the_lower_index() {
+        assert_eq!(route(&[0.0, 1.0, 1.0, 1.0, -0.0, 0.0, 0.0, 0.0], 4, NORMALISED).experts, [1, 2, 0, 1]);
+    }
+
+    #[test]
+    fn what_is_not_a_number_comes_last() {
+        let routing = route(&[f32::NAN, 1.0, f32::NEG_INFINITY], 3, NORMALISED);
+        assert_eq!((routing.experts, routing.weights), (vec![1, 0], vec![1.0, 0.0]));
+        assert_eq!(route(&[f32::NAN; 4], 4, NORMALISED).weights, [0.5, 0.5]);
+        assert_eq!(route(&[f32::INFINITY, f32::INFINITY, 0.0], 3, NORMALISED).weights, [0.5, 0.5]);
+    }
+
+    #[test]
+    fn at_most_all_experts_are_chosen() {
+        let routing = route(&[0.0, 1.0, 2.0, 3.0], 2, Rule { top_k: 5, normalise: false });
+        assert_eq!((routing.top_k, routing.experts), (2, vec![1, 0, 1, 0]));
+        assert!(route(&[], 4, NORMALISED).experts.is_empty());
+        assert!(route(&[], 0, NORMALISED).experts.is_empty());
+    }
+
+    fn logits() -> impl Strategy<Value = (usize, Vec<f32>, usize, bool)> {
+        (1..9usize, 1..5usize).prop_flat_map(|(experts, tokens)| {
+            (Just(experts), prop::collection::vec(-20f32..20.0, experts * tokens), 1..=experts, any::<bool>())
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn weights_fall_and_sum_to_one((experts, logits, top_k, normalise) in logits()) {
+            let routing = route(&logits, experts, Rule { top_k, normalise });
+            prop_assert_eq!(routing.experts.len(), logits.len() / experts * top_k);
+            for (chosen, weights) in routing.experts.chunks(top_k).zip(routing.weights.chunks(top_k)) {
+                prop_assert!(weights.is_sorted_by(|a, b| a >= b));
+                let total: f32 = weights.iter().sum();
+                prop_assert!(total <= 1.0 + 1e-5);
+                prop_assert!((total - 1.0).abs() < 1e-5 || !(normalise || top_k == experts));
+                prop_assert!(chosen.iter().all(|e| chosen.iter().filter(|f| e == *f).count() == 1));
+            }
+        }
+
+        #[test]
+        fn a_shift_of_all_logits_changes_nothing((experts, logits, top_k, normalise) in logits(), shift in -8i8..8) {
+            // whole numbers, so that the shift itself does not round
+            let whole: Vec<f32> = logits.iter().map(|v| v.round()).collect();
+            let shifted: Vec<f32> = whole.iter().map(|v| v + f32::from(shift)).collect();
+            let rule = Rule { top_k, normalise };
+            prop_assert_eq!(route(&whole, experts, rule), route(&shifted, experts, rule));
+        }
+
+        #[test]
+        fn permuting_the_experts_permutes_the_routing((experts, mut logits, top_k, normalise) in logits(), turn in 0..9usize) {
+            logits.sort_by(f32::total_cmp);
+            logits.dedup();
+            prop_assume!(logits.len() >= experts);
+            logits.truncate(logits.len() / experts * experts);
+            let rule = Rule { top_k, normalise };
+            let straight = route(&logits, experts, rule);
+            logits.chunks_mut(experts).for_each(|row| row.rotate_left(turn % experts));
+            let turned = route(&logits, experts, rule);
+            let back: Vec<u32> = turned.experts.iter().map(|&e| (e + (turn % experts) as u32) % experts as u32).collect();
+            prop_assert_eq!(straight.experts, back);
+            prop_assert!(straight.weights.iter().zip(&turned.weights).all(|(a, b)| (a - b).abs() < 1e-6));
+        }
+    }
 }

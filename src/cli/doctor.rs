@@ -1,9 +1,70 @@
-//! `upcycle doctor`.
+//! `upcycle doctor`: what this machine offers and what this binary can do.
+
+use anstream::println;
+use indicatif::HumanBytes;
+use sysinfo::{Disks, MemoryRefreshKind, RefreshKind, System};
+use upcycle_architectures::{FAMILIES, upcycle::TARGETS};
+use upcycle_routers::init::METHODS;
 
 /// Arguments of `doctor`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {}
 
 pub(crate) fn run(_args: Args) -> anyhow::Result<()> {
-    anyhow::bail!("skeleton")
+    let system = System::new_with_specifics(RefreshKind::nothing().with_memory(MemoryRefreshKind::everything()));
+    println!("upcycle     {}", env!("CARGO_PKG_VERSION"));
+    println!("features    {}", features().join(", "));
+    println!("cpu         {} threads, {}", rayon::current_num_threads(), simd().join(" "));
+    println!("memory      {} free of {}", HumanBytes(system.available_memory()), HumanBytes(system.total_memory()));
+    let here = std::env::current_dir()?;
+    if let Some((name, free)) = free_space(&here) {
+        println!("disk        {} free on {name}", HumanBytes(free));
+    }
+    for device in ["cuda", "metal"] {
+        match upcycle::engine::device::pick(device) {
+            Ok(_) => println!("{device:<11} available"),
+            Err(reason) => println!("{device:<11} {reason}"),
+        }
+    }
+    let hub = upcycle::env::Hub::read();
+    println!("hub cache   {}", hub.cache.display());
+    println!("hub         {}{}", hub.endpoint, if hub.token.is_some() { ", with a token" } else { ", no token" });
+    println!("reads       {}", FAMILIES.iter().map(|family| family.model_type).collect::<Vec<_>>().join(", "));
+    println!("writes      {}", TARGETS.iter().map(|target| target.family.model_type).collect::<Vec<_>>().join(", "));
+    println!("gate modes  {}", METHODS.iter().map(|method| method.name).collect::<Vec<_>>().join(", "));
+    Ok(())
+}
+
+fn features() -> Vec<&'static str> {
+    let all = [
+        ("hub", cfg!(feature = "hub")),
+        ("serve", cfg!(feature = "serve")),
+        ("cuda", cfg!(feature = "cuda")),
+        ("metal", cfg!(feature = "metal")),
+        ("mkl", cfg!(feature = "mkl")),
+        ("accelerate", cfg!(feature = "accelerate")),
+    ];
+    all.into_iter().filter(|(_, on)| *on).map(|(name, _)| name).collect()
+}
+
+fn simd() -> Vec<&'static str> {
+    #[cfg(target_arch = "x86_64")]
+    let found = [
+        ("avx2", is_x86_feature_detected!("avx2")),
+        ("fma", is_x86_feature_detected!("fma")),
+        ("avx512f", is_x86_feature_detected!("avx512f")),
+        ("avx512bf16", is_x86_feature_detected!("avx512bf16")),
+        ("avx512vnni", is_x86_feature_detected!("avx512vnni")),
+    ];
+    #[cfg(not(target_arch = "x86_64"))]
+    let found = [("neon", cfg!(target_feature = "neon"))];
+    found.into_iter().filter(|(_, on)| *on).map(|(name, _)| name).collect()
+}
+
+/// Mount point and free bytes of the disk that holds the path.
+pub(crate) fn free_space(path: &std::path::Path) -> Option<(String, u64)> {
+    let disks = Disks::new_with_refreshed_list();
+    let holding = disks.iter().filter(|disk| path.starts_with(disk.mount_point()));
+    let disk = holding.max_by_key(|disk| disk.mount_point().as_os_str().len())?;
+    Some((disk.mount_point().display().to_string(), disk.available_space()))
 }

@@ -1,9 +1,83 @@
-//! `upcycle plan`.
+//! `upcycle plan`: what would be written, and every problem, without writing.
+
+use std::path::PathBuf;
+
+use anstream::println;
+use indicatif::HumanBytes;
+use serde_json::json;
+use upcycle::plan::Plan;
+
+use super::recipe;
 
 /// Arguments of `plan`.
 #[derive(Debug, clap::Args)]
-pub(crate) struct Args {}
+pub(crate) struct Args {
+    /// The recipe (mergekit-moe YAML)
+    recipe: PathBuf,
+    /// Check the recipe alone: no model is opened
+    #[arg(long)]
+    recipe_only: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    /// List every tensor with its origin
+    #[arg(long)]
+    tensors: bool,
+    #[command(flatten)]
+    options: recipe::Options,
+}
 
-pub(crate) fn run(_args: Args) -> anyhow::Result<()> {
-    anyhow::bail!("skeleton")
+pub(crate) fn run(args: Args) -> anyhow::Result<()> {
+    let recipe = recipe::read(&args.recipe, &args.options)?;
+    if args.recipe_only {
+        if args.json {
+            println!("{:#}", recipe.to_json());
+        } else {
+            println!("{} is a good recipe: {} experts, gate mode {}", args.recipe.display(), recipe.experts.len(), recipe.gate_mode.name);
+        }
+        return Ok(());
+    }
+    let sources = recipe::open(&recipe, &args.options)?;
+    let plan = recipe::plan(&recipe, &sources, &args.options)?;
+    let memory = memory(&plan);
+    if args.json {
+        let sources: Vec<String> = sources.all.iter().map(|source| source.reference.to_string()).collect();
+        let tensors: Vec<_> = plan
+            .tensors
+            .iter()
+            .map(|t| json!({"name": t.name, "dtype": t.info.dtype.torch_name(), "shape": t.info.shape, "parts": t.parts}))
+            .collect();
+        let (parameters, active) = plan.parameters();
+        println!(
+            "{:#}",
+            json!({
+                "architecture": plan.family().architecture, "dtype": plan.dtype.torch_name(), "bytes": plan.bytes(),
+                "parameters": parameters, "active_parameters": active, "memory": memory, "sources": sources,
+                "warnings": plan.warnings, "config": plan.config_json, "tensors": tensors,
+            })
+        );
+        return Ok(());
+    }
+    let (parameters, active) = plan.parameters();
+    println!("output      {} ({}), {}", plan.family().architecture, plan.target.name, plan.dtype);
+    println!("experts     {}, {} per token", recipe.experts.len(), recipe.experts_per_token);
+    println!("parameters  {:.2} B, {:.2} B active per token", parameters as f64 / 1e9, active as f64 / 1e9);
+    println!("tensors     {}", plan.tensors.len());
+    println!("disk        {}", HumanBytes(plan.bytes()));
+    println!("memory      {} while writing", HumanBytes(memory));
+    println!("gates       {}: {}", recipe.gate_mode.name, recipe.gate_mode.about);
+    if args.tensors {
+        for tensor in &plan.tensors {
+            let parts: Vec<String> = tensor.parts.iter().map(|part| recipe::describe(part, &sources)).collect();
+            println!("{}  {:?}  {}", tensor.name, tensor.info.shape, parts.join(" + "));
+        }
+    }
+    Ok(())
+}
+
+/// Most bytes of tensors held at once while writing: one part per thread, as f32 beside its own bytes where it is converted.
+fn memory(plan: &Plan) -> u64 {
+    let largest = plan.tensors.iter().map(|t| t.info.bytes() / t.parts.len().max(1)).max().unwrap_or(0) as u64;
+    let f32s = largest / plan.dtype.size() as u64 * 4;
+    (largest + f32s) * rayon::current_num_threads() as u64
 }

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use anstream::eprintln;
 use anstyle::{AnsiColor, Style};
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use tracing_subscriber::EnvFilter;
 use upcycle::recipe::{Problem, RecipeError};
 
@@ -53,4 +54,44 @@ pub(crate) fn warn(message: impl std::fmt::Display) {
 /// Prints a hint.
 pub(crate) fn hint(message: impl std::fmt::Display) {
     eprintln!("{HINT}hint{HINT:#}: {message}");
+}
+
+/// Progress of a write: a bar on a terminal, a line per shard elsewhere.
+pub(crate) struct WriteProgress {
+    bar: ProgressBar,
+}
+
+impl WriteProgress {
+    pub(crate) fn new() -> Self {
+        Self { bar: bytes_bar() }
+    }
+}
+
+impl upcycle::write::Progress for WriteProgress {
+    fn begin(&self, total: u64, found: u64) {
+        self.bar.set_length(total);
+        self.bar.set_position(found);
+        self.bar.reset_eta();
+        if found > 0 {
+            self.note(&format!("{} of {} are there from an earlier run", HumanBytes(found), HumanBytes(total)));
+        }
+    }
+
+    fn advance(&self, bytes: u64) {
+        self.bar.inc(bytes);
+    }
+
+    fn shard(&self, file: &str, bytes: u64) {
+        self.note(&format!("{file}  {}", HumanBytes(bytes)));
+    }
+
+    fn note(&self, message: &str) {
+        self.bar.suspend(|| tracing::info!("{message}"));
+    }
+}
+
+/// A bar with bytes per second and time left; invisible when stderr is no terminal.
+pub(crate) fn bytes_bar() -> ProgressBar {
+    let style = ProgressStyle::with_template("{msg:20!} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta} left");
+    ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }

@@ -1,1 +1,355 @@
 //! Text in, text out: tokenizer, chat template, sampling, sequences and their scheduler over one decoder.
+//!
+//! An [`Engine`] owns a decoder on a thread of its own. Requests go in as tokens, text comes back piece by piece through a channel that
+//! both threads and async tasks can wait on; dropping the receiving end cancels the request. Nothing here knows HTTP.
+
+pub mod device;
+pub mod sampling;
+mod scheduler;
+mod sidecars;
+mod stops;
+pub mod template;
+pub mod tokenizer;
+
+use std::{
+    collections::BTreeMap,
+    ops::ControlFlow,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+        mpsc,
+    },
+    thread::JoinHandle,
+    time::{Duration, SystemTime},
+};
+
+use serde_json::{Map, Value};
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use upcycle_architectures::decoder::Decoder;
+
+pub use self::{
+    sampling::{Sampling, SamplingError},
+    sidecars::SidecarError,
+    template::{Chat, ChatTemplate, TemplateError},
+    tokenizer::{Specials, Tokenizer, TokenizerError},
+};
+use self::{
+    scheduler::{Job, Ticket},
+    stops::Stops,
+    tokenizer::TextStream,
+};
+use crate::source::Sidecar;
+
+/// How much an engine does at once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Options {
+    /// sequences that run together
+    pub parallel: usize,
+    /// requests that may wait for a place among them
+    pub queue: usize,
+    /// tokens of prompts in one pass; a smaller number lets running sequences wait less for new ones
+    pub chunk: usize,
+    /// tokens of a sequence, prompt and text together; the model's own limit if not given or greater
+    pub context: Option<usize>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { parallel: 8, queue: 256, chunk: 256, context: None }
+    }
+}
+
+/// What speaks for a model besides its weights.
+#[derive(Debug)]
+pub struct Text {
+    /// text to tokens and back
+    pub tokenizer: Arc<Tokenizer>,
+    /// messages to a prompt, if the model is made for that
+    pub template: Option<ChatTemplate>,
+    /// what its makers recommend
+    pub sampling: Sampling,
+}
+
+impl Text {
+    /// Reads them from the files beside the weights.
+    pub fn open(sidecars: &BTreeMap<String, Sidecar>, config: &upcycle_architectures::Config) -> Result<Self, EngineError> {
+        let tokenizer = Tokenizer::open(sidecars, config)?;
+        let template = ChatTemplate::open(sidecars, tokenizer.special_tokens().clone())?;
+        let generation_config = sidecars::json(sidecars, "generation_config.json")?.unwrap_or_default();
+        Ok(Self { tokenizer: Arc::new(tokenizer), template, sampling: Sampling::recommended(&generation_config) })
+    }
+
+    /// The tokens of a text as it is.
+    pub fn prompt(&self, text: &str) -> Result<Vec<u32>, EngineError> {
+        Ok(self.tokenizer.encode(text, Specials::Add)?)
+    }
+
+    /// The tokens of messages, up to where the assistant speaks. `variables` go to the template.
+    pub fn chat_prompt(&self, messages: &[Value], variables: &Map<String, Value>) -> Result<Vec<u32>, EngineError> {
+        let template = self.template.as_ref().ok_or(EngineError::NoTemplate)?;
+        let chat = Chat { messages, add_generation_prompt: true, variables, now: Some(SystemTime::now()) };
+        Ok(self.tokenizer.encode(&template.render(&chat)?, Specials::Written)?)
+    }
+}
+
+/// What to generate.
+#[derive(Debug, Clone, Default)]
+pub struct Request {
+    /// tokens to go on from
+    pub prompt: Vec<u32>,
+    /// how tokens are chosen
+    pub sampling: Sampling,
+    /// tokens to generate at most; up to the context limit if not given
+    pub max_tokens: Option<usize>,
+    /// strings that end the text and are not part of it
+    pub stop: Vec<String>,
+}
+
+/// What comes back, in this order: any number of texts, then one of the others.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// more text; never half a character, never a part of a stop string
+    Text(String),
+    /// the text is complete
+    Done(Finish),
+    /// the engine could not go on
+    Failed(String),
+}
+
+/// How a text ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finish {
+    /// why
+    pub reason: FinishReason,
+    /// P
+    pub prompt_tokens: usize,
+    /// sampled tokens, the one that ended the text among them
+    pub completion_tokens: usize,
+    /// from the start of the request's first pass to its first token
+    pub prefill: Duration,
+    /// from the first token to the last
+    pub decode: Duration,
+}
+
+/// Why a text ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// the model ended it, or a stop string came
+    Stop,
+    /// `max_tokens` or the context limit
+    Length,
+}
+
+/// Why a request was not taken, or not finished.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// a file beside the weights
+    #[error(transparent)]
+    Sidecar(#[from] SidecarError),
+    /// from the tokenizer
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// from the chat template
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    /// messages for a model that has no words for them
+    #[error("the model has no chat template: use plain completion, or give a template with `--chat-template FILE`")]
+    NoTemplate,
+    /// a sampling parameter
+    #[error(transparent)]
+    Sampling(#[from] SamplingError),
+    /// nothing to go on from
+    #[error("the prompt is empty")]
+    EmptyPrompt,
+    /// no room for a token
+    #[error("the prompt has {prompt} tokens, but the context holds {context}, at least one of them for the answer")]
+    Context {
+        /// P
+        prompt: usize,
+        /// the limit
+        context: usize,
+    },
+    /// a token beyond the vocabulary
+    #[error("token {token} is not in the vocabulary of {vocab}")]
+    Token {
+        /// the id
+        token: u32,
+        /// V
+        vocab: usize,
+    },
+    /// as many as may wait do
+    #[error("{waiting} requests are waiting already")]
+    Busy {
+        /// how many
+        waiting: usize,
+    },
+    /// no new requests are taken
+    #[error("the engine is shutting down")]
+    Stopped,
+    /// a pass failed
+    #[error("generation failed: {0}")]
+    Failed(String),
+    /// no thread for the engine
+    #[error("cannot start the engine's thread: {0}")]
+    Thread(#[source] std::io::Error),
+}
+
+/// A decoder at work on its own thread.
+#[derive(Debug)]
+pub struct Engine {
+    decoder: Arc<Decoder>,
+    text: Text,
+    options: Options,
+    context: usize,
+    vocab: usize,
+    inbox: Option<mpsc::Sender<Job>>,
+    unfinished: Arc<AtomicUsize>,
+    draining: AtomicBool,
+    abort: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Engine {
+    /// Starts the thread.
+    pub fn start(decoder: Decoder, text: Text, options: Options) -> Result<Self, EngineError> {
+        let decoder = Arc::new(decoder);
+        let config = decoder.config();
+        let (context, vocab) = (options.context.unwrap_or(usize::MAX).min(config.max_positions), config.vocab);
+        let (inbox, jobs) = mpsc::channel();
+        let abort = Arc::new(AtomicBool::new(false));
+        let thread = std::thread::Builder::new().name("engine".into()).spawn({
+            let (decoder, abort, tokenizer, options) = (decoder.clone(), abort.clone(), text.tokenizer.clone(), options.clone());
+            move || scheduler::run(&decoder, &tokenizer, &options, &jobs, &abort)
+        });
+        Ok(Self {
+            decoder,
+            text,
+            options,
+            context,
+            vocab,
+            inbox: Some(inbox),
+            unfinished: Arc::default(),
+            draining: AtomicBool::new(false),
+            abort,
+            thread: Some(thread.map_err(EngineError::Thread)?),
+        })
+    }
+
+    /// The model that runs here; other users of it share its device.
+    pub fn decoder(&self) -> &Decoder {
+        &self.decoder
+    }
+
+    /// Text to tokens and back.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.text.tokenizer
+    }
+
+    /// Tokenizer, template and recommended sampling.
+    pub fn text(&self) -> &Text {
+        &self.text
+    }
+
+    /// Tokens that a sequence may have.
+    pub fn context(&self) -> usize {
+        self.context
+    }
+
+    /// Requests that run or wait.
+    pub fn unfinished(&self) -> usize {
+        self.unfinished.load(Ordering::Relaxed)
+    }
+
+    /// Whether new requests are taken.
+    pub fn accepts(&self) -> bool {
+        !self.draining.load(Ordering::Relaxed) && self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+    }
+
+    /// Takes no new requests from now on; those that run or wait are finished.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+
+    /// Ends every request that runs or waits with [`Event::Failed`], and takes no new ones.
+    pub fn abort(&self) {
+        self.drain();
+        self.abort.store(true, Ordering::Relaxed);
+    }
+
+    /// Hands in a request. Dropping the receiver cancels it.
+    pub fn submit(&self, request: Request) -> Result<UnboundedReceiver<Event>, EngineError> {
+        request.sampling.check()?;
+        if request.max_tokens == Some(0) {
+            return Err(SamplingError { parameter: "max_tokens", found: 0.0, expected: "at least 1" }.into());
+        }
+        if request.prompt.is_empty() {
+            return Err(EngineError::EmptyPrompt);
+        }
+        if request.prompt.len() >= self.context {
+            return Err(EngineError::Context { prompt: request.prompt.len(), context: self.context });
+        }
+        if let Some(&token) = request.prompt.iter().find(|&&token| token as usize >= self.vocab) {
+            return Err(EngineError::Token { token, vocab: self.vocab });
+        }
+        if !self.accepts() {
+            return Err(EngineError::Stopped);
+        }
+        let ticket = Ticket::take(&self.unfinished);
+        let waiting = self.unfinished().saturating_sub(self.options.parallel + 1);
+        if waiting >= self.options.queue {
+            return Err(EngineError::Busy { waiting });
+        }
+        let (events, receiver) = unbounded_channel();
+        let room = self.context - request.prompt.len();
+        let job = Job {
+            max_tokens: request.max_tokens.map_or(room, |max| max.min(room)),
+            sampler: sampling::Sampler::new(request.sampling, &request.prompt),
+            text: TextStream::new(self.text.tokenizer.clone(), &request.prompt)?,
+            stops: Stops::new(request.stop),
+            prompt: request.prompt,
+            events,
+            ticket,
+        };
+        self.inbox.as_ref().and_then(|inbox| inbox.send(job).ok()).ok_or(EngineError::Stopped)?;
+        Ok(receiver)
+    }
+
+    /// Generates to the end on the caller's thread, handing over text as it comes; a break cancels and gives no finish. Not for async code.
+    pub fn stream(&self, request: Request, mut on_text: impl FnMut(&str) -> ControlFlow<()>) -> Result<Option<Finish>, EngineError> {
+        let mut events = self.submit(request)?;
+        while let Some(event) = events.blocking_recv() {
+            match event {
+                Event::Text(text) => {
+                    if on_text(&text).is_break() {
+                        return Ok(None);
+                    }
+                }
+                Event::Done(finish) => return Ok(Some(finish)),
+                Event::Failed(reason) => return Err(EngineError::Failed(reason)),
+            }
+        }
+        Err(EngineError::Stopped)
+    }
+
+    /// The text after `prompt`, sampled as the model's makers recommend. Not for async code.
+    pub fn generate(&self, prompt: &str, max_tokens: usize) -> Result<String, EngineError> {
+        let (prompt, sampling) = (self.text.prompt(prompt)?, self.text.sampling.clone());
+        let mut text = String::new();
+        self.stream(Request { prompt, sampling, max_tokens: Some(max_tokens), stop: Vec::new() }, |piece| {
+            text.push_str(piece);
+            ControlFlow::Continue(())
+        })?;
+        Ok(text)
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.abort();
+        self.inbox = None;
+        if let Some(thread) = self.thread.take() {
+            // A panic there has been reported by the panic hook; there is nobody left to tell.
+            let _ = thread.join();
+        }
+    }
+}

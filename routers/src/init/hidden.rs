@@ -2,9 +2,7 @@
 //!
 //! The states are those that *enter* a layer, where mergekit-moe takes them; the router later sees the normed state after attention.
 
-use half::bf16;
-
-use super::{Method, Needs, Pooled, PromptState, Shape, Statistics, gate};
+use super::{Method, Needs, PromptState, Shape, Statistics, gate, round_bf16};
 use crate::gate::Gate;
 
 /// The method.
@@ -22,18 +20,10 @@ pub(super) fn init(shape: Shape, statistics: &Statistics) -> Vec<Gate> {
 
 /// unit(mean(positive) - mean(negative)), [D], every intermediate result in bf16.
 fn row(state: &PromptState) -> Vec<f32> {
-    let mut difference = mean(&state.positive);
+    let mut difference = state.positive.mean_bf16();
     if let Some(negative) = &state.negative {
-        difference.iter_mut().zip(mean(negative)).for_each(|(p, n)| *p = round(*p - n));
+        difference.iter_mut().zip(negative.mean_bf16()).for_each(|(p, n)| *p = round_bf16(*p - n));
     }
-    let norm = round(difference.iter().map(|v| v * v).sum::<f32>().sqrt()).max(1e-8);
-    difference.into_iter().map(|v| round(v / norm)).collect()
-}
-
-fn mean(pooled: &Pooled) -> Vec<f32> {
-    pooled.sum.iter().map(|&sum| round(round(sum) / pooled.count as f32)).collect()
-}
-
-fn round(v: f32) -> f32 {
-    bf16::from_f32(v).to_f32()
+    let norm = round_bf16(difference.iter().map(|v| v * v).sum::<f32>().sqrt()).max(1e-8);
+    difference.into_iter().map(|v| round_bf16(v / norm)).collect()
 }

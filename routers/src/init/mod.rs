@@ -10,6 +10,8 @@ mod random;
 mod torch_rng;
 mod uniform_random;
 
+use half::bf16;
+
 use crate::gate::Gate;
 
 /// What a method must be given.
@@ -17,11 +19,11 @@ use crate::gate::Gate;
 pub enum Needs {
     /// nothing: prompts are not looked at
     Nothing,
-    /// sums of token embeddings
+    /// the embedding of every token of each prompt
     Embeddings,
     /// the residual stream entering each layer, at the last token of each prompt
     LastState,
-    /// the residual stream entering each layer, averaged over all positions of the padded batch
+    /// the residual stream entering each layer, for each prompt its mean over all positions of the padded batch
     MeanState,
 }
 
@@ -48,6 +50,25 @@ pub struct Pooled {
     pub sum: Vec<f32>,
     /// how many
     pub count: usize,
+}
+
+impl Pooled {
+    /// Adds a state, [D], `times` times.
+    pub fn add(&mut self, state: &[f32], times: usize) {
+        self.sum.resize(state.len(), 0.0);
+        self.sum.iter_mut().zip(state).for_each(|(sum, v)| *sum += v * times as f32);
+        self.count += times;
+    }
+
+    /// The mean, [D], as torch computes it in bf16: summed in f32, rounded, divided, rounded.
+    pub fn mean_bf16(&self) -> Vec<f32> {
+        self.sum.iter().map(|&sum| round_bf16(round_bf16(sum) / self.count as f32)).collect()
+    }
+}
+
+/// The nearest bf16.
+fn round_bf16(v: f32) -> f32 {
+    bf16::from_f32(v).to_f32()
 }
 
 /// The size of what is asked for.
@@ -98,4 +119,92 @@ fn gate(states: &[PromptState], hidden: usize, row: fn(&PromptState) -> Vec<f32>
 fn split(values: &[f32], shape: Shape) -> Vec<Gate> {
     let size = (shape.experts * shape.hidden).max(1);
     values.chunks_exact(size).map(|weight| Gate { experts: shape.experts, hidden: shape.hidden, weight: weight.to_vec() }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_aliases_are_unique_and_found() {
+        let names: Vec<&str> = METHODS.iter().flat_map(|m| m.aliases.iter().copied().chain([m.name])).collect();
+        for (i, name) in names.iter().enumerate() {
+            assert!(!names[..i].contains(name), "{name} twice");
+            assert!(find(name).is_some_and(|m| m.name == *name || m.aliases.contains(name)));
+        }
+        assert_eq!(find("hidden_last").map(|m| m.name), Some("hidden"));
+        assert!(find("Hidden").is_none());
+    }
+
+    #[test]
+    fn drawn_gates_have_the_asked_shape_and_depend_on_the_seed_alone() {
+        let shape = Shape { layers: 3, experts: 5, hidden: 7, seed: 1 };
+        for method in [&random::METHOD, &uniform_random::METHOD] {
+            let draw = |seed| (method.init)(Shape { seed, ..shape }, &Statistics::default());
+            let gates = draw(1);
+            assert_eq!(gates.len(), 3);
+            assert!(gates.iter().all(|g| g.experts == 5 && g.hidden == 7 && g.weight.len() == 35));
+            assert_eq!(gates, draw(1));
+            assert_ne!(gates, draw(2));
+            assert_ne!(gates[0], gates[1]);
+        }
+        let uniform = (uniform_random::METHOD.init)(shape, &Statistics::default());
+        assert!(uniform.iter().flat_map(|g| &g.weight).all(|v| v.abs() <= 1.0 / 7f32.sqrt()));
+    }
+
+    /// Two layers, three experts; the second has negative prompts.
+    fn statistics() -> Statistics {
+        let pooled = |values: [f32; 3], count| Pooled { sum: values.to_vec(), count };
+        let state = |x, negative| PromptState { positive: pooled([x, 2.0, -1.0], 3), negative };
+        let layer = |x| vec![state(x, None), state(2.0 * x, Some(pooled([0.5, 0.25, 9.0], 2))), state(-x, None)];
+        Statistics { layers: vec![layer(1.0), layer(4.0)] }
+    }
+
+    const SHAPE: Shape = Shape { layers: 2, experts: 3, hidden: 3, seed: 0 };
+
+    #[test]
+    fn hidden_is_the_unit_difference_of_means_in_bf16() {
+        let gates = (hidden::METHOD.init)(SHAPE, &statistics());
+        // computed with torch in bf16 from the same sums and counts
+        let expected = [[0.40820, 0.81641, -0.40820], [0.08496, 0.11084, -0.98828], [-0.40820, 0.81641, -0.40820]];
+        for (e, row) in expected.iter().enumerate() {
+            let close = gates[0].row(e).iter().zip(row).all(|(a, b)| (a - b).abs() < 1e-5);
+            assert!(close, "expert {e}: {:?}, expected {row:?}", gates[0].row(e));
+        }
+        assert!(gates.iter().flat_map(|g| &g.weight).all(|v| v.to_bits().trailing_zeros() >= 16));
+        assert_ne!(gates[0], gates[1]);
+    }
+
+    #[test]
+    fn cheap_embed_subtracts_unit_vectors_and_is_the_same_in_every_layer() {
+        let gates = (cheap_embed::METHOD.init)(SHAPE, &statistics());
+        assert_eq!(gates.len(), 2);
+        assert_eq!(gates[0], gates[1]);
+        // (2, 2, -1) / 3 minus (0.5, 0.25, 9) / |.|, unit
+        let difference = [0.61122, 0.63894, -1.33141];
+        let norm = difference.iter().map(|v| v * v).sum::<f32>().sqrt();
+        assert!(gates[0].row(1).iter().zip(difference).all(|(a, b)| (a - b / norm).abs() < 1e-4));
+    }
+
+    #[test]
+    fn prompts_that_cancel_give_zeros_not_nan() {
+        let pooled = Pooled { sum: vec![1.0, -2.0], count: 1 };
+        let layers = vec![vec![PromptState { positive: pooled.clone(), negative: Some(pooled) }]];
+        let shape = Shape { layers: 1, experts: 1, hidden: 2, seed: 0 };
+        for method in [&hidden::METHOD, &hidden_avg::METHOD, &cheap_embed::METHOD] {
+            assert_eq!((method.init)(shape, &Statistics { layers: layers.clone() })[0].weight, [0.0, 0.0], "{}", method.name);
+        }
+    }
+
+    #[test]
+    fn permuting_the_experts_permutes_the_gates() {
+        let (straight, mut turned) = (statistics(), statistics());
+        turned.layers.iter_mut().for_each(|states| states.rotate_left(1));
+        for method in [&hidden::METHOD, &cheap_embed::METHOD] {
+            let (a, b) = ((method.init)(SHAPE, &straight), (method.init)(SHAPE, &turned));
+            for (a, b) in a.iter().zip(&b) {
+                assert!((0..3).all(|e| a.row((e + 1) % 3) == b.row(e)), "{}", method.name);
+            }
+        }
+    }
 }

@@ -1,0 +1,96 @@
+//! What every command that takes a recipe does with it: read, open its models, plan, set the gates.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, bail};
+use upcycle::{
+    calibrate,
+    plan::{self, Composite, Part, Plan, Sources},
+    recipe::{ModelRef, Recipe},
+    source::{self, OpenOptions, Source},
+};
+
+use super::ui;
+
+/// Options of every command that takes a recipe.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub(crate) struct Options {
+    /// Waive a check by its name (repeatable)
+    #[arg(long, value_name = "NAME")]
+    pub(crate) allow: Vec<String>,
+    /// Seed of everything drawn; overrides the recipe's
+    #[arg(long, value_name = "N", alias = "seed")]
+    pub(crate) random_seed: Option<u64>,
+}
+
+/// Reads and checks the recipe; warnings go to stderr.
+pub(crate) fn read(path: &Path, options: &Options) -> anyhow::Result<Recipe> {
+    let known: Vec<&str> = lints().map(|(name, _)| name).collect();
+    if let Some(unknown) = options.allow.iter().find(|name| !known.contains(&name.as_str())) {
+        bail!("`--allow {unknown}`: no such check; there are {}", known.join(", "));
+    }
+    let (mut recipe, warnings) = upcycle::recipe::read(path, &options.allow)?;
+    warnings.iter().for_each(ui::warn);
+    recipe.seed = options.random_seed.or(recipe.seed);
+    Ok(recipe)
+}
+
+/// Every check that `--allow` can waive: name and what it is about.
+pub(crate) fn lints() -> impl Iterator<Item = (&'static str, &'static str)> {
+    let written = ("non-finite-weights", "weights that are NaN or infinite are written");
+    upcycle::recipe::LINTS.iter().map(|lint| (lint.name, lint.about)).chain(plan::LINTS.iter().copied()).chain([written])
+}
+
+/// Opens every model of the recipe, headers only. A path that is not there from the working directory is tried from the recipe's.
+pub(crate) fn open(recipe: &Recipe) -> anyhow::Result<Sources> {
+    let directory = recipe.file.parent().unwrap_or(Path::new("")).to_owned();
+    let progress = ui::DownloadProgress::new();
+    Sources::open(recipe, |reference, base| {
+        let place = beside(reference, &directory);
+        let options = OpenOptions { base: base.map(|base| beside(&base.reference, &directory)), progress: Some(&progress), ..OpenOptions::default() };
+        let source = source::open(&place, &options)?;
+        Ok(Source { reference: reference.clone(), ..source })
+    })
+}
+
+fn beside(reference: &ModelRef, directory: &Path) -> ModelRef {
+    let mut place = reference.clone();
+    let there = directory.join(&place.path);
+    if !Path::new(&place.path).exists() && there.exists() {
+        place.path = there.to_string_lossy().into_owned();
+    }
+    place.lora = place.lora.map(|lora| Box::new(beside(&lora, directory)));
+    place
+}
+
+/// Plans; warnings go to stderr.
+pub(crate) fn plan(recipe: &Recipe, sources: &Sources, options: &Options) -> anyhow::Result<Plan> {
+    let plan = plan::plan(recipe, sources, &options.allow)?;
+    plan.warnings.iter().for_each(ui::warn);
+    Ok(plan)
+}
+
+/// Recipe to composite: opens, plans, sets the gates. Nothing is written.
+pub(crate) fn composite(recipe: &Recipe, options: &Options, device: &Device) -> anyhow::Result<Composite> {
+    let sources = open(recipe)?;
+    let plan = plan(recipe, &sources, options)?;
+    let gates = calibrate::gates(recipe, &sources, &plan, device)?;
+    gates.warnings.iter().for_each(ui::warn);
+    Ok(plan::composite(plan, sources, gates.gates))
+}
+
+/// One part of a tensor in words.
+pub(crate) fn describe(part: &Part, sources: &Sources) -> String {
+    let name = |source: &usize| sources.all[*source].reference.to_string();
+    match part {
+        Part::Tensor { source, tensor, noise, scale } => {
+            let noise = noise.map_or(String::new(), |n| format!(" + noise {n}"));
+            let scale = scale.map_or(String::new(), |s| format!(" x {s}"));
+            format!("{}:{tensor}{noise}{scale}", name(source))
+        }
+        Part::Mean { of } => format!("mean of {}", of.iter().map(|(source, _)| name(source)).collect::<Vec<_>>().join(", ")),
+        Part::Gate { .. } => "gate".into(),
+        Part::SharedGate { .. } => "gate of the shared expert".into(),
+        Part::Zeros { .. } => "zeros".into(),
+    }
+}
