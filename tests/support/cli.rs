@@ -2,7 +2,7 @@
 //!
 //! What differs from run to run is replaced: the directory that the command ran in and the times that it took.
 
-use std::{path::Path, time::Duration};
+use std::{fmt::Write as _, path::Path, time::Duration};
 
 use assert_cmd::cargo::cargo_bin_cmd;
 use regex::Regex;
@@ -10,7 +10,7 @@ use regex::Regex;
 /// Runs `upcycle ARGS` in `dir`, with no network, no colour and nobody's Hub cache.
 pub fn transcript(dir: &Path, args: &[&str]) -> String {
     let mut command = cargo_bin_cmd!("upcycle");
-    command.args(args).current_dir(dir).timeout(Duration::from_mins(2));
+    command.args(args).current_dir(dir).timeout(Duration::from_secs(120));
     for inherited in ["RUST_LOG", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_CACHE", "CLICOLOR_FORCE"] {
         command.env_remove(inherited);
     }
@@ -20,7 +20,7 @@ pub fn transcript(dir: &Path, args: &[&str]) -> String {
     let mut transcript = format!("$ upcycle {}\nexit {code}\n", args.join(" "));
     for (name, stream) in [("stdout", &output.stdout), ("stderr", &output.stderr)] {
         if !stream.is_empty() {
-            transcript += &format!("--- {name}\n{}", String::from_utf8_lossy(stream));
+            write!(transcript, "--- {name}\n{}", String::from_utf8_lossy(stream)).unwrap();
         }
     }
     filter(&transcript, dir)
