@@ -46,7 +46,7 @@ const RECIPE: Schema = Schema {
     ],
     renamed: &[("num_experts_per_tok", "experts_per_token"), ("tokenizer_source", "tokenizer"), ("out_dtype", "dtype")],
     ignored: &[
-        ("merge_method", "experts are not merged: each keeps its own MLPs"),
+        ("merge_method", "experts are not merged, each keeps its own MLPs"),
         ("parameters", "merge methods take parameters, experts do not"),
         ("name", "a composite is named by the folder that it is written to"),
     ],
