@@ -48,7 +48,11 @@ pub(crate) fn open(recipe: &Recipe) -> anyhow::Result<Sources> {
     let directory = recipe.file.parent().unwrap_or(Path::new("")).to_owned();
     Sources::open(recipe, |reference, base| {
         let place = beside(reference, &directory);
-        let options = OpenOptions { base: base.map(|base| beside(&base.reference, &directory)) };
+        let options = OpenOptions {
+            base: base.map(|base| beside(&base.reference, &directory)),
+            hub: Some(upcycle::env::hub()),
+            ..OpenOptions::default()
+        };
         let source = source::open(&place, &options)?;
         Ok(Source { reference: reference.clone(), ..source })
     })

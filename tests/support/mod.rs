@@ -1,4 +1,6 @@
 //! What several test modules need: tiny models made by code, temporary directories, transcripts of the command line.
 
 pub mod cli;
+#[cfg(feature = "hub")]
+pub mod hub;
 pub mod models;
