@@ -16,6 +16,7 @@ use upcycle::{
     write::{self, Options, Silent, WriteError},
 };
 use upcycle_architectures::Weights as _;
+use upcycle_routers::gate::Gate;
 
 use crate::support::models;
 
@@ -44,7 +45,7 @@ impl Models {
             text += &format!("  - source_model: {}\n    positive_prompts: [w5 w{}]\n", self.path(name).display(), name.len());
             text += expert;
         }
-        recipe::parse(&text, &self.path("recipe.yml"), &["identical-prompts".to_owned()]).unwrap().0
+        recipe::parse(&text, &self.path("recipe.yml"), &["identical-prompts".parse().unwrap()]).unwrap().0
     }
 
     fn plan(&self, recipe: &Recipe) -> Result<(Plan, Sources), PlanError> {
@@ -55,7 +56,9 @@ impl Models {
     fn composite(&self, recipe: &Recipe) -> Composite {
         let (plan, sources) = self.plan(recipe).unwrap();
         let rows = recipe.experts.len() * models::HIDDEN;
-        let routed = (0..models::LAYERS).map(|l| (0..rows).map(|i| (l * rows + i) as f32 / 64.0).collect()).collect();
+        let weight = |l: usize| (0..rows).map(|i| (l * rows + i) as f32 / 64.0).collect();
+        let gate = |l| Gate { experts: recipe.experts.len(), hidden: models::HIDDEN, weight: weight(l) };
+        let routed = (0..models::LAYERS).map(gate).collect();
         plan::composite(plan, sources, Gates { routed, shared: Vec::new() })
     }
 }
@@ -115,7 +118,7 @@ fn every_tensor_has_its_source_s_bytes() {
             }
             let (shape, bytes) = written.remove(&format!("model.layers.{l}.{router}")).unwrap();
             assert_eq!(shape, [3, models::HIDDEN]);
-            let expected: Vec<u8> = composite.gates().routed[l].iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect();
+            let expected: Vec<u8> = composite.gates().routed[l].weight.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect();
             assert_eq!(bytes, expected, "{family} gate {l}");
             if family == "qwen2" {
                 for (name, shape) in [("gate_proj", [256, 32]), ("up_proj", [256, 32]), ("down_proj", [32, 256])] {

@@ -1,5 +1,14 @@
 //! Integration tests: one binary, a module per topic. No network, no GPU; fixtures are made by code or lie in `demo/` and `tests/golden/`.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a test fails loudly; clippy.toml exempts only the #[test] functions themselves, not their helpers"
+)]
+
 mod support;
 
 mod cli;

@@ -1,1 +1,125 @@
-//! Runs the decoder over a recipe's prompts and asks the router crate for gates.
+//! Runs the base over the experts' prompts and asks `routers` for gates.
+//!
+//! What is gathered is only what the recipe's method needs: a model is made for states, embedding rows are read for `cheap_embed`, and
+//! nothing is touched for drawn gates. Dimensions: L layers, E experts, D hidden.
+
+mod prompts;
+mod states;
+
+use upcycle_architectures::{
+    WeightsError,
+    decoder::{Decoder, DecoderError},
+};
+use upcycle_routers::{
+    diagnose::{self, diagnose},
+    gate::Gate,
+    init::{DEFAULT_SEED, Needs, Shape, Statistics},
+};
+
+use crate::{
+    engine::{template::TemplateError, tokenizer::TokenizerError},
+    recipe::{Expert, Recipe},
+    source::Source,
+};
+
+/// A recipe's gates.
+#[derive(Debug)]
+pub struct Gates {
+    /// one per layer, [E, D]
+    pub routed: Vec<Gate>,
+    /// one per layer, [1, D]: the shared expert's, if that one has prompts or the method needs none
+    pub shared: Option<Vec<Gate>>,
+    /// one per layer, over all rows: the experts in their order, then the shared one
+    pub diagnosis: Vec<diagnose::Layer>,
+    /// what the user should know, a line each
+    pub warnings: Vec<String>,
+}
+
+/// Why there are no gates.
+#[derive(Debug, thiserror::Error)]
+pub enum CalibrateError {
+    /// A prompt could not be tokenized.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// A prompt could not be wrapped.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    /// There is nothing to wrap a prompt in.
+    #[error(
+        "the recipe says `chat_template: true`, but base model `{base}` has no chat template (leave it out, or use an instruct model as base)"
+    )]
+    NoTemplate {
+        /// the base
+        base: String,
+    },
+    /// A prompt without a single token.
+    #[error("expert `{expert}`: prompt {prompt:?} has no tokens in the base's tokenizer")]
+    Empty {
+        /// the expert
+        expert: String,
+        /// its text
+        prompt: String,
+    },
+    /// A token that the base's embedding does not have.
+    #[error(
+        "expert `{expert}`: token {token} of a prompt is not in the base's vocabulary of {vocab}: its tokenizer and its weights do not match"
+    )]
+    Token {
+        /// the expert
+        expert: String,
+        /// the id
+        token: u32,
+        /// V
+        vocab: usize,
+    },
+    /// Weights that overflow or are broken.
+    #[error("expert `{expert}`: the base's states for its prompts are not finite in layer {layer}: the base's weights are damaged")]
+    NotFinite {
+        /// the expert
+        expert: String,
+        /// the layer that they enter
+        layer: usize,
+    },
+    /// The base's weights could not be read.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// The base could not be run.
+    #[error(transparent)]
+    Decoder(#[from] DecoderError),
+}
+
+/// The gates that the recipe asks for. `decoder` makes the base's decoder; it is called only if the method needs states.
+pub fn gates(recipe: &Recipe, base: &Source, decoder: impl FnOnce() -> Result<Decoder, DecoderError>) -> Result<Gates, CalibrateError> {
+    let method = recipe.gate_mode;
+    let gated = |shared: &&Expert| method.needs == Needs::Nothing || !shared.positive_prompts.is_empty();
+    let rows: Vec<&Expert> = recipe.experts.iter().chain(recipe.shared_experts.iter().filter(gated)).collect();
+    let names = names(&rows);
+    let mut warnings = Vec::new();
+    let statistics = if method.needs == Needs::Nothing {
+        Statistics::default()
+    } else {
+        let experts = prompts::tokenize(recipe, base, &rows, &names, &mut warnings)?;
+        let layers = match method.needs {
+            Needs::Nothing | Needs::Embeddings => states::embeddings(base, &experts)?,
+            Needs::LastState => states::run(&decoder()?, &experts, states::Pool::Last)?,
+            Needs::MeanState => states::run(&decoder()?, &experts, states::Pool::Mean { pad: prompts::pad(base)? })?,
+        };
+        Statistics { layers }
+    };
+    let shape =
+        Shape { layers: base.config.layers, experts: rows.len(), hidden: base.config.hidden, seed: recipe.seed.unwrap_or(DEFAULT_SEED) };
+    let all = (method.init)(shape, &statistics);
+    let diagnosis = diagnose(&all);
+    warnings.extend(diagnose::warnings(&diagnosis, &names.iter().map(String::as_str).collect::<Vec<_>>()));
+    let (routed, shared): (Vec<Gate>, Vec<Gate>) = all.into_iter().map(|gate| gate.split(recipe.experts.len())).unzip();
+    let shared = (rows.len() > recipe.experts.len()).then_some(shared);
+    Ok(Gates { routed, shared, diagnosis, warnings })
+}
+
+/// What to call the experts: the last part of their path if that tells them apart, else all of it.
+fn names(experts: &[&Expert]) -> Vec<String> {
+    let full: Vec<String> = experts.iter().map(|expert| expert.source_model.to_string()).collect();
+    let short: Vec<&str> = full.iter().map(|name| name.trim_end_matches('/').rsplit('/').next().unwrap_or(name)).collect();
+    let unique = |name: &&str| short.iter().filter(|other| *other == name).count() == 1;
+    if short.iter().all(|name| unique(name)) { short.iter().map(ToString::to_string).collect() } else { full }
+}

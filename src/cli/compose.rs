@@ -140,7 +140,7 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<()> {
         overwrite: args.overwrite,
         tokenizer: !args.no_copy_tokenizer,
         card: !args.no_write_model_card,
-        allow_non_finite: args.options.allow.iter().any(|name| name == "non-finite-weights"),
+        allow_non_finite: args.options.allow.iter().any(|name| name == recipe::NON_FINITE),
     };
     write::check_directory(&args.out, &options)?;
     args.device.set_threads()?;

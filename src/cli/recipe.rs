@@ -1,16 +1,19 @@
 //! What every command that takes a recipe does with it: read, open its models, plan, set the gates.
 
-use std::path::{Path, PathBuf};
+use std::{path::Path, str::FromStr as _};
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use upcycle::{
     calibrate,
-    plan::{self, Composite, Part, Plan, Sources},
-    recipe::{ModelRef, Recipe},
+    plan::{self, Composite, Gates, Part, Plan, Sources},
+    recipe::{Lint, ModelRef, Recipe},
     source::{self, OpenOptions, Source},
 };
 
 use super::ui;
+
+/// The check that the writer makes.
+pub(crate) const NON_FINITE: &str = "non-finite-weights";
 
 /// Options of every command that takes a recipe.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -25,20 +28,13 @@ pub(crate) struct Options {
 
 /// Reads and checks the recipe; warnings go to stderr.
 pub(crate) fn read(path: &Path, options: &Options) -> anyhow::Result<Recipe> {
-    let known: Vec<&str> = lints().map(|(name, _)| name).collect();
-    if let Some(unknown) = options.allow.iter().find(|name| !known.contains(&name.as_str())) {
-        bail!("`--allow {unknown}`: no such check; there are {}", known.join(", "));
-    }
-    let (mut recipe, warnings) = upcycle::recipe::read(path, &options.allow)?;
-    warnings.iter().for_each(ui::warn);
+    let elsewhere = |name: &&String| name.as_str() == NON_FINITE || plan::LINTS.iter().any(|(lint, _)| *lint == name.as_str());
+    let names = options.allow.iter().filter(|name| !elsewhere(name));
+    let allow = names.map(|name| Lint::from_str(name).with_context(|| format!("`--allow {name}`"))).collect::<anyhow::Result<Vec<_>>>()?;
+    let (mut recipe, warnings) = upcycle::recipe::read(path, &allow)?;
+    warnings.iter().for_each(ui::problem);
     recipe.seed = options.random_seed.or(recipe.seed);
     Ok(recipe)
-}
-
-/// Every check that `--allow` can waive: name and what it is about.
-pub(crate) fn lints() -> impl Iterator<Item = (&'static str, &'static str)> {
-    let written = ("non-finite-weights", "weights that are NaN or infinite are written");
-    upcycle::recipe::LINTS.iter().map(|lint| (lint.name, lint.about)).chain(plan::LINTS.iter().copied()).chain([written])
 }
 
 /// Opens every model of the recipe, headers only. A path that is not there from the working directory is tried from the recipe's.
@@ -74,9 +70,10 @@ pub(crate) fn plan(recipe: &Recipe, sources: &Sources, options: &Options) -> any
 pub(crate) fn composite(recipe: &Recipe, options: &Options, device: &Device) -> anyhow::Result<Composite> {
     let sources = open(recipe)?;
     let plan = plan(recipe, &sources, options)?;
-    let gates = calibrate::gates(recipe, &sources, &plan, device)?;
+    let base = sources.base();
+    let gates = calibrate::gates(recipe, base, || Decoder::load(base.family, &base.config, &*base.weights, device.dtype(&base.config)?, &device.open()?))?;
     gates.warnings.iter().for_each(ui::warn);
-    Ok(plan::composite(plan, sources, gates.gates))
+    Ok(plan::composite(plan, sources, Gates { routed: gates.routed, shared: gates.shared.unwrap_or_default() }))
 }
 
 /// One part of a tensor in words.

@@ -6,6 +6,8 @@ use anstream::eprintln;
 use anstyle::{AnsiColor, Style};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use tracing_subscriber::EnvFilter;
+use upcycle::recipe::{Problem, RecipeError};
+use upcycle::recipe::{Problem, RecipeError};
 
 const ERROR: Style = AnsiColor::Red.on_default().bold();
 const WARNING: Style = AnsiColor::Yellow.on_default().bold();
@@ -29,6 +31,14 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     if error.chain().any(|cause| cause.downcast_ref::<std::io::Error>().is_some_and(broken_pipe)) {
         return ExitCode::SUCCESS;
     }
+    if let Some(RecipeError::Invalid(problems)) = error.downcast_ref() {
+        problems.iter().for_each(problem);
+        return ExitCode::FAILURE;
+    }
+    if let Some(RecipeError::Invalid(problems)) = error.downcast_ref() {
+        problems.iter().for_each(problem);
+        return ExitCode::FAILURE;
+    }
     eprintln!("{ERROR}error{ERROR:#}: {error}");
     for cause in error.chain().skip(1) {
         eprintln!("  caused by: {cause}");
@@ -36,9 +46,19 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     ExitCode::FAILURE
 }
 
+/// Prints what is wrong or doubtful in a recipe.
+pub(crate) fn problem(problem: &Problem) {
+    eprintln!("{}\n", problem.styled());
+}
+
 /// Prints a warning.
 pub(crate) fn warn(message: impl std::fmt::Display) {
     eprintln!("{WARNING}warning{WARNING:#}: {message}");
+}
+
+/// Prints a problem of a recipe with its place.
+pub(crate) fn problem(problem: &Problem) {
+    eprintln!("{}", problem.styled());
 }
 
 /// Prints a hint.

@@ -60,8 +60,8 @@ impl Composite {
                 }
                 flat(&sum.iter().map(|sum| (sum / of.len() as f64) as f32).collect::<Vec<_>>())
             }
-            Part::Gate { layer } => flat(self.gates.routed.get(*layer).map_or(&[][..], Vec::as_slice)),
-            Part::SharedGate { layer } => flat(self.gates.shared.get(*layer).map_or(&[][..], Vec::as_slice)),
+            Part::Gate { layer } => flat(self.gates.routed.get(*layer).map_or(&[][..], |gate| &gate.weight)),
+            Part::SharedGate { layer } => flat(self.gates.shared.get(*layer).map_or(&[][..], |gate| &gate.weight)),
             Part::Zeros { elements } => Ok(vec![0; elements * dtype.size()].into()),
         }
     }

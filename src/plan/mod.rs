@@ -13,6 +13,10 @@ use upcycle_architectures::{
     Config, Dtype, Family, LayerRole, Projection, Role, TensorInfo,
     upcycle::{Request, TARGETS, Target},
 };
+use upcycle_routers::{
+    gate::Gate,
+    init::{DEFAULT_SEED, Needs},
+};
 
 pub use composite::Composite;
 
@@ -20,6 +24,7 @@ use crate::{
     recipe::{Expert, Layout, ModelRef, Recipe, Shared},
     source::{self, Source},
 };
+
 
 /// The opened models of a recipe, each once however often it is named.
 pub struct Sources {
@@ -236,12 +241,12 @@ pub fn plan(recipe: &Recipe, sources: &Sources, allow: &[String]) -> Result<Plan
     if !missing.is_empty() {
         return Err(PlanError::Problems(missing));
     }
-    Ok(Plan { target, config, config_json, dtype, tensors, gated_shared_expert, seed: recipe.seed.unwrap_or(0), warnings })
+    Ok(Plan { target, config, config_json, dtype, tensors, gated_shared_expert, seed: recipe.seed.unwrap_or(DEFAULT_SEED), warnings })
 }
 
 /// Whether the shared expert's gate gets a row of its own: with prompts, or where no prompts are needed.
 fn gates_shared(recipe: &Recipe, shared: &Expert) -> bool {
-    !shared.positive_prompts.is_empty() || recipe.gate_mode.needs == upcycle_routers::init::Needs::Nothing
+    !shared.positive_prompts.is_empty() || recipe.gate_mode.needs == Needs::Nothing
 }
 
 /// Every id that ends a text in the base or an expert, the base's first.
@@ -377,11 +382,11 @@ pub fn composite(plan: Plan, sources: Sources, gates: Gates) -> Composite {
     Composite::new(Arc::new(plan), Arc::new(sources), gates)
 }
 
-/// The gates of a composite: per layer, row-major.
+/// The gates of a composite.
 #[derive(Debug, Clone, Default)]
 pub struct Gates {
     /// [L] of [E, D]
-    pub routed: Vec<Vec<f32>>,
+    pub routed: Vec<Gate>,
     /// [L] of [1, D]; empty if the shared expert has no gate of its own
-    pub shared: Vec<Vec<f32>>,
+    pub shared: Vec<Gate>,
 }

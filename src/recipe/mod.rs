@@ -1,9 +1,26 @@
 //! What the user asks for: a mergekit-moe recipe with our additions, parsed and checked without opening a model.
+//!
+//! Text becomes a tree ([`yaml`]), the tree a [`Recipe`] ([`schema`]), and the recipe is checked ([`lints`]). What depends on the models,
+//! such as whether their family takes a shared expert, is the plan's to check.
 
-use std::path::PathBuf;
+mod lints;
+mod model_ref;
+mod problem;
+mod prompts;
+mod schema;
+mod yaml;
 
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
 use upcycle_architectures::Dtype;
 use upcycle_routers::init::Method;
+
+pub use self::{
+    lints::{LINTS, Level, Lint, LintError},
+    model_ref::{ModelRef, ModelRefError},
+    problem::{Problem, Severity},
+};
 
 /// A recipe, complete: defaults filled in, prompt files read.
 #[derive(Debug, Clone)]
@@ -53,30 +70,6 @@ pub struct Expert {
     pub residual_scale: Option<f64>,
 }
 
-/// A model: `PATH_OR_REPO[@REVISION][+LORA[@REVISION]]`.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ModelRef {
-    /// A directory, a file, or `owner/name`.
-    pub path: String,
-    /// Branch, tag or commit on the Hub.
-    pub revision: Option<String>,
-    /// A PEFT adapter merged into it.
-    pub lora: Option<Box<ModelRef>>,
-}
-
-impl std::fmt::Display for ModelRef {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.path)?;
-        if let Some(revision) = &self.revision {
-            write!(f, "@{revision}")?;
-        }
-        if let Some(lora) = &self.lora {
-            write!(f, "+{lora}")?;
-        }
-        Ok(())
-    }
-}
-
 /// How shared weights are obtained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Shared {
@@ -87,6 +80,10 @@ pub enum Shared {
     Average,
 }
 
+impl Shared {
+    const ALL: [(&'static str, Self); 2] = [("base", Self::Base), ("average", Self::Average)];
+}
+
 /// Tensor layout of a composite on disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Layout {
@@ -95,4 +92,71 @@ pub enum Layout {
     Classic,
     /// Experts stacked, gate and up joined: what transformers 5 holds in memory.
     Fused,
+}
+
+impl Layout {
+    const ALL: [(&'static str, Self); 2] = [("classic", Self::Classic), ("fused", Self::Fused)];
+}
+
+/// Why a recipe cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum RecipeError {
+    /// The file cannot be read; the message names it.
+    #[error(transparent)]
+    Read(#[from] std::io::Error),
+    /// Everything wrong with the recipe, and its warnings, in the order of the checks. Each is rendered with `error:` or `warning:` in front.
+    #[error("{}", .0.iter().map(Problem::to_string).collect::<Vec<_>>().join("\n\n"))]
+    Invalid(Vec<Problem>),
+}
+
+/// Reads and checks a recipe; what it warns of comes with it. `allow` waives lints.
+pub fn read(file: &Path, allow: &[Lint]) -> Result<(Recipe, Vec<Problem>), RecipeError> {
+    parse(&fs_err::read_to_string(file)?, file, allow)
+}
+
+/// The same from text. `file` is shown in messages, and `prompts_file` paths are relative to its directory.
+pub fn parse(text: &str, file: &Path, allow: &[Lint]) -> Result<(Recipe, Vec<Problem>), RecipeError> {
+    let mut reader = schema::Reader::new(text, file);
+    let failed = |problems: &[Problem]| problems.iter().any(|problem| problem.severity == Severity::Error);
+    match reader.recipe() {
+        // What could not be read would only be found missing.
+        Some((recipe, places)) if !failed(&reader.problems) => {
+            reader.problems.extend(lints::check(&recipe, &places, allow, &reader.file));
+            if failed(&reader.problems) { Err(RecipeError::Invalid(reader.problems)) } else { Ok((recipe, reader.problems)) }
+        }
+        _ => Err(RecipeError::Invalid(reader.problems)),
+    }
+}
+
+impl Recipe {
+    /// What was understood, for `plan --json`: every key of a recipe with its value, defaults filled in.
+    pub fn to_json(&self) -> Value {
+        let expert = |expert: &Expert| {
+            json!({
+                "source_model": expert.source_model.to_string(),
+                "positive_prompts": expert.positive_prompts,
+                "negative_prompts": expert.negative_prompts,
+                "noise_scale": expert.noise_scale,
+                "residual_scale": expert.residual_scale,
+            })
+        };
+        json!({
+            "base_model": self.base_model.to_string(),
+            "experts": self.experts.iter().map(expert).collect::<Vec<_>>(),
+            "shared_experts": self.shared_experts.iter().map(expert).collect::<Vec<_>>(),
+            "gate_mode": self.gate_mode.name,
+            "dtype": self.dtype.map(Dtype::torch_name),
+            "experts_per_token": self.experts_per_token,
+            "architecture": self.architecture,
+            "shared": name_of(&Shared::ALL, self.shared),
+            "chat_template": self.chat_template,
+            "tokenizer": self.tokenizer.as_ref().map(ModelRef::to_string),
+            "layout": name_of(&Layout::ALL, self.layout),
+            "seed": self.seed,
+        })
+    }
+}
+
+fn name_of<T: Copy + PartialEq>(all: &[(&'static str, T)], value: T) -> Option<&'static str> {
+    all.iter().find(|(_, one)| *one == value).map(|(name, _)| *name)
 }

@@ -12,7 +12,9 @@ pub(super) fn render(composite: &Composite, recipe: &Recipe) -> String {
         composite.sources.all.iter().map(|source| source.reference.path.clone()).filter(|path| hub_name(path)).collect();
     if !named.is_empty() {
         let _ = writeln!(text, "base_model:");
-        named.iter().for_each(|path| drop(writeln!(text, "- {path}")));
+        for path in named {
+            let _ = writeln!(text, "- {path}");
+        }
     }
     let experts = recipe.experts.len();
     let k = recipe.experts_per_token;

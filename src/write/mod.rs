@@ -222,7 +222,7 @@ fn digest(composite: &Composite, options: &Options) -> String {
         .to_string(),
     );
     for gate in composite.gates().routed.iter().chain(&composite.gates().shared) {
-        gate.iter().for_each(|value| hash.update(value.to_le_bytes()));
+        gate.weight.iter().for_each(|value| hash.update(value.to_le_bytes()));
     }
     for source in &composite.sources.all {
         hash.update(source.location.as_os_str().as_encoded_bytes());

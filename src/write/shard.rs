@@ -134,7 +134,6 @@ fn finite(bytes: &[u8], dtype: Dtype) -> bool {
 
 #[cfg(unix)]
 fn write_at(file: &fs_err::File, bytes: &[u8], offset: u64) -> std::io::Result<()> {
-    use fs_err::os::unix::fs::FileExt as _;
     use std::os::unix::fs::FileExt as _;
     file.file().write_all_at(bytes, offset)
 }

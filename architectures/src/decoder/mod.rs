@@ -46,6 +46,11 @@ pub trait Probe {
     /// Sees, and may change, the routing of a sparse layer; `logits` is row-major [N, E].
     fn route(&mut self, _layer: usize, _logits: &[f32], _routing: &mut Routing) {}
 
+    /// Returns false to leave attention out of this layer, as if every token attended to nothing (its output is zero, before the o projection).
+    fn attends(&self, _layer: usize) -> bool {
+        true
+    }
+
     /// Returns false to stop after this layer (the call then returns no logits).
     fn go_on(&self, _layer: usize) -> bool {
         true

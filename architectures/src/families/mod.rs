@@ -2,11 +2,11 @@
 
 mod llama;
 mod mistral;
-mod mixtral;
+pub mod mixtral;
 mod qwen2;
-mod qwen2_moe;
+pub mod qwen2_moe;
 mod qwen3;
-mod qwen3_moe;
+pub mod qwen3_moe;
 mod read;
 
 use crate::{

@@ -1,0 +1,96 @@
+#!/usr/bin/env python3
+"""Time composing a checkpoint: `cp` of the same bytes, `upcycle compose`, and any number of `mergekit-moe`s.
+
+usage: bench_compose.py RECIPE WORKDIR --upcycle BIN [--mergekit LABEL=BIN ...] [--rounds 5] [--seed 42]
+                        [--also LABEL='COMMAND with {recipe} and {out}' ...] [--json RAW.json]
+
+A round runs every command once, in a rotating order, so that a busy moment of the machine does not fall on one of them
+alone. Every run writes into an empty folder under WORKDIR, removed after it; the disk is synced between runs, outside
+the clock. `cp` copies what the first command wrote in an untimed warm-up, which also brings the sources into the page
+cache. Wall time is until the process exits; CPU is user + system; memory is the process's peak resident size, which for
+a program that maps its sources includes the mapped pages (and never reads below this script's own ~13 MiB). Prints a
+markdown table (medians; range of the wall times; highest peak).
+"""
+import argparse, json, os, platform, shlex, shutil, statistics, subprocess, sys, time
+
+
+def timed(command, log):
+    """One run: (wall s, CPU s, peak RSS MiB). Exits when the command fails."""
+    with open(log, "w") as out:
+        start = time.perf_counter()
+        child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(child.pid, 0)
+        wall = time.perf_counter() - start
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        sys.exit(f"error: {shlex.join(command)} exited {child.returncode}\n" + "".join(open(log).readlines()[-15:]))
+    return wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+
+
+def empty(folder):
+    shutil.rmtree(folder, ignore_errors=True)
+    os.sync()
+
+
+def size_of(folder):
+    return sum(os.path.getsize(os.path.join(d, f)) for d, _, files in os.walk(folder) for f in files)
+
+
+def labelled(text):
+    label, _, value = text.partition("=")
+    if not value: sys.exit(f"error: expected LABEL=VALUE, found {text!r}")
+    return label, value
+
+
+def table(runs, out_bytes, rounds):
+    cp = {i: statistics.median(r[i] for r in runs["cp"]) for i in (0, 1)}
+    lines = [f"{out_bytes / 1e6:.0f} MB written; {rounds} interleaved rounds; {os.cpu_count()} CPUs ({platform.machine()}), "
+             f"1-minute load {os.getloadavg()[0]:.1f} at the end", "",
+             "| command | wall s, median (range) | x cp | CPU s | x cp | peak RSS MiB |", "|---|---|---|---|---|---|"]
+    for label, rs in runs.items():
+        wall, cpu, rss = ([r[i] for r in rs] for i in range(3))
+        m, c = statistics.median(wall), statistics.median(cpu)
+        lines.append(f"| {label} | {m:.2f} ({min(wall):.2f}-{max(wall):.2f}) | {m / cp[0]:.1f} | {c:.2f} | {c / cp[1]:.1f} | {max(rss):.0f} |")
+    return "\n".join(lines)
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("recipe"); ap.add_argument("workdir")
+    ap.add_argument("--upcycle"); ap.add_argument("--mergekit", action="append", default=[])
+    ap.add_argument("--also", action="append", default=[]); ap.add_argument("--rounds", type=int, default=5)
+    ap.add_argument("--seed", type=int, default=42); ap.add_argument("--json")
+    a = ap.parse_args()
+    os.makedirs(a.workdir, exist_ok=True)
+    out, model, log = (os.path.join(a.workdir, n) for n in ("out", "same-bytes", "log.txt"))
+    commands = {}
+    if a.upcycle: commands["upcycle compose"] = [a.upcycle, "compose", a.recipe, out]
+    for label, binary in map(labelled, a.mergekit):
+        commands[label] = [binary, a.recipe, out, "--random-seed", str(a.seed)]
+    for label, text in map(labelled, a.also):
+        commands[label] = [w.format(recipe=a.recipe, out=out) for w in shlex.split(text)]
+    if not commands: sys.exit("error: nothing to time; give --upcycle, --mergekit or --also")
+
+    for i, command in enumerate(commands.values()):
+        empty(out)
+        timed(command, log)
+        if i == 0:
+            shutil.rmtree(model, ignore_errors=True)
+            shutil.move(out, model)
+    commands = {"cp": ["cp", "-r", "--reflink=never", model, out], **commands}
+    runs = {label: [] for label in commands}
+    for n in range(a.rounds):
+        order = list(commands)
+        for label in order[n % len(order):] + order[:n % len(order)]:
+            empty(out)
+            runs[label].append(timed(commands[label], log))
+            print(f"round {n + 1} {label}: {runs[label][-1][0]:.2f} s", file=sys.stderr, flush=True)
+    print(table(runs, size_of(model), a.rounds))
+    if a.json:
+        with open(a.json, "w") as f: json.dump(dict(unit="wall s, cpu s, peak RSS MiB", runs=runs), f, indent=2)
+    empty(out)
+    empty(model)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+//! A recipe's prompts as the base's tokens.
+//!
+//! As in mergekit-moe: the text of the BOS token, if there is one, then the prompt, in which the text of a special token is that token; or, if
+//! the recipe asks for it, the prompt as a user's message in the base's chat template.
+
+use serde_json::{Map, json};
+
+use super::CalibrateError;
+use crate::{
+    engine::{
+        template::{Chat, ChatTemplate},
+        tokenizer::{Specials, Tokenizer},
+    },
+    recipe::{Expert, Recipe},
+    source::Source,
+};
+
+/// One expert's prompts.
+pub(super) struct Prompts {
+    pub expert: String,
+    pub positive: Vec<Vec<u32>>,
+    pub negative: Vec<Vec<u32>>,
+}
+
+/// The tokens of every prompt, none without any. Prompts longer than the base's context are cut, with a warning.
+pub(super) fn tokenize(
+    recipe: &Recipe,
+    base: &Source,
+    experts: &[&Expert],
+    names: &[String],
+    warnings: &mut Vec<String>,
+) -> Result<Vec<Prompts>, CalibrateError> {
+    let tokenizer = Tokenizer::open(&base.sidecars, &base.config)?;
+    let template = if recipe.chat_template { Some(template(base, &tokenizer)?) } else { None };
+    let bos = tokenizer.special_tokens().get("bos_token").map_or("", String::as_str);
+    let limit = base.config.max_positions;
+    let mut tokens = |expert: &str, prompt: &String| -> Result<Vec<u32>, CalibrateError> {
+        let text = match &template {
+            Some(template) => wrap(template, prompt)?,
+            None => format!("{bos}{prompt}"),
+        };
+        let mut tokens = tokenizer.encode(&text, Specials::Written)?;
+        if tokens.is_empty() {
+            return Err(CalibrateError::Empty { expert: expert.to_owned(), prompt: prompt.clone() });
+        }
+        if tokens.len() > limit {
+            let start: String = prompt.chars().take(40).collect();
+            let length = tokens.len();
+            warnings
+                .push(format!("expert `{expert}`: prompt {start:?}... has {length} tokens and is cut to the base's context of {limit}"));
+            tokens.truncate(limit);
+        }
+        Ok(tokens)
+    };
+    let mut all = |expert: &str, prompts: &[String]| prompts.iter().map(|prompt| tokens(expert, prompt)).collect::<Result<Vec<_>, _>>();
+    let each = experts.iter().zip(names).map(|(expert, name)| {
+        let positive = all(name, &expert.positive_prompts)?;
+        let negative = all(name, &expert.negative_prompts)?;
+        Ok(Prompts { expert: name.clone(), positive, negative })
+    });
+    each.collect()
+}
+
+fn template(base: &Source, tokenizer: &Tokenizer) -> Result<ChatTemplate, CalibrateError> {
+    let template = ChatTemplate::open(&base.sidecars, tokenizer.special_tokens().clone())?;
+    template.ok_or_else(|| CalibrateError::NoTemplate { base: base.reference.to_string() })
+}
+
+fn wrap(template: &ChatTemplate, prompt: &str) -> Result<String, CalibrateError> {
+    let messages = [json!({"role": "user", "content": prompt})];
+    // No date: the same recipe must give the same gates tomorrow.
+    Ok(template.render(&Chat { messages: &messages, add_generation_prompt: true, variables: &Map::new(), now: None })?)
+}
+
+/// What mergekit-moe pads a batch with: BOS, or EOS if there is none. `None` if there is neither.
+pub(super) fn pad(base: &Source) -> Result<Option<u32>, CalibrateError> {
+    let tokenizer = Tokenizer::open(&base.sidecars, &base.config)?;
+    let special = tokenizer.special_tokens();
+    let Some(text) = special.get("bos_token").or_else(|| special.get("eos_token")) else { return Ok(None) };
+    Ok(tokenizer.encode(text, Specials::Written)?.first().copied())
+}
