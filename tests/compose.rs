@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    panic::AssertUnwindSafe,
     path::{Path, PathBuf},
 };
 
@@ -191,7 +192,7 @@ fn an_interrupted_write_goes_on_and_ends_with_the_same_bytes() {
             panic!("killed");
         }
     }
-    let killed = std::panic::catch_unwind(|| write::write(&composite, &recipe, &broken, &options, &Stop));
+    let killed = std::panic::catch_unwind(AssertUnwindSafe(|| write::write(&composite, &recipe, &broken, &options, &Stop)));
     assert!(killed.is_err());
     assert!(!broken.join("config.json").exists(), "an unfinished directory is no model");
     let first = fs_err::metadata(broken.join(&shards[0].0)).unwrap().modified().unwrap();
@@ -213,7 +214,9 @@ fn a_changed_recipe_starts_over() {
             panic!("killed");
         }
     }
-    assert!(std::panic::catch_unwind(|| write::write(&models.composite(&recipe), &recipe, &out, &options, &Stop)).is_err());
+    assert!(
+        std::panic::catch_unwind(AssertUnwindSafe(|| write::write(&models.composite(&recipe), &recipe, &out, &options, &Stop))).is_err()
+    );
     let other = models.recipe("gate_mode: random\ndtype: float32", "");
     let resumed = write::write(&models.composite(&other), &other, &out, &options, &Silent).unwrap();
     assert_eq!(resumed.found, 0);

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context as _, bail};
 use clap::ArgAction;
 use indicatif::{HumanBytes, HumanDuration};
-use upcycle::write;
+use upcycle::{engine::device::DeviceChoice, write};
 
 use super::{model::DeviceArgs, recipe, ui};
 
@@ -132,8 +132,8 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<()> {
     if args.mergekit.i_understand_this_is_not_useful_without_training {
         args.options.allow.push("same-model-experts".into());
     }
-    if args.mergekit.cuda && args.device.device == "auto" {
-        args.device.device = "cuda".into();
+    if args.mergekit.cuda && args.device.device == DeviceChoice::Auto {
+        args.device.device = DeviceChoice::Cuda(0);
     }
     let options = write::Options {
         shard_size: args.out_shard_size,

@@ -7,7 +7,7 @@ use std::{
 
 use anstream::println;
 use anyhow::Context as _;
-use upcycle::{engine, inspect, write};
+use upcycle::{inspect, write};
 
 use super::{
     model::{self, DeviceArgs},
@@ -46,7 +46,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     println!("Which expert takes which text (share of the choices, mean over layers):\n");
     println!("{:<10}{}", "text", names.iter().map(|name| format!("{name:>9}")).collect::<String>());
     for (domain, text) in samples(&bundle)? {
-        let tokens = engine.tokenizer().encode(&text, engine::Specials::Add)?;
+        let tokens = engine.text().prompt(&text)?;
         let load = inspect::load(engine.decoder(), &tokens)?;
         let shares: String = (0..names.len())
             .map(|e| load.iter().map(|layer| layer.shares()[e]).sum::<f64>() / load.len() as f64)

@@ -11,7 +11,7 @@ use upcycle_routers::init::METHODS;
 pub(crate) struct Args {}
 
 pub(crate) fn run(_args: Args) -> anyhow::Result<()> {
-    let system = System::new_with_specifics(RefreshKind::nothing().with_memory(MemoryRefreshKind::everything()));
+    let system = System::new_with_specifics(RefreshKind::nothing().with_memory(MemoryRefreshKind::everything()))?;
     println!("upcycle     {}", env!("CARGO_PKG_VERSION"));
     println!("features    {}", features().join(", "));
     println!("cpu         {} threads, {}", rayon::current_num_threads(), simd().join(" "));
@@ -26,9 +26,6 @@ pub(crate) fn run(_args: Args) -> anyhow::Result<()> {
             Err(reason) => println!("{device:<11} {reason}"),
         }
     }
-    let hub = upcycle::env::Hub::read();
-    println!("hub cache   {}", hub.cache.display());
-    println!("hub         {}{}", hub.endpoint, if hub.token.is_some() { ", with a token" } else { ", no token" });
     println!("reads       {}", FAMILIES.iter().map(|family| family.model_type).collect::<Vec<_>>().join(", "));
     println!("writes      {}", TARGETS.iter().map(|target| target.family.model_type).collect::<Vec<_>>().join(", "));
     println!("gate modes  {}", METHODS.iter().map(|method| method.name).collect::<Vec<_>>().join(", "));
@@ -63,7 +60,7 @@ fn simd() -> Vec<&'static str> {
 
 /// Mount point and free bytes of the disk that holds the path.
 pub(crate) fn free_space(path: &std::path::Path) -> Option<(String, u64)> {
-    let disks = Disks::new_with_refreshed_list();
+    let disks = Disks::new_with_refreshed_list().ok()?;
     let holding = disks.iter().filter(|disk| path.starts_with(disk.mount_point()));
     let disk = holding.max_by_key(|disk| disk.mount_point().as_os_str().len())?;
     Some((disk.mount_point().display().to_string(), disk.available_space()))

@@ -9,7 +9,9 @@ mod compose;
 mod demo;
 mod doctor;
 mod inspect;
+mod model;
 mod plan;
+mod recipe;
 mod run;
 #[cfg(feature = "serve")]
 mod serve;

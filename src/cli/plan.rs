@@ -37,7 +37,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         }
         return Ok(());
     }
-    let sources = recipe::open(&recipe, &args.options)?;
+    let sources = recipe::open(&recipe)?;
     let plan = recipe::plan(&recipe, &sources, &args.options)?;
     let memory = memory(&plan);
     if args.json {

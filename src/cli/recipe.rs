@@ -9,8 +9,9 @@ use upcycle::{
     recipe::{Lint, ModelRef, Recipe},
     source::{self, OpenOptions, Source},
 };
+use upcycle_architectures::decoder::Decoder;
 
-use super::ui;
+use super::{model::DeviceArgs, ui};
 
 /// The check that the writer makes.
 pub(crate) const NON_FINITE: &str = "non-finite-weights";
@@ -40,10 +41,9 @@ pub(crate) fn read(path: &Path, options: &Options) -> anyhow::Result<Recipe> {
 /// Opens every model of the recipe, headers only. A path that is not there from the working directory is tried from the recipe's.
 pub(crate) fn open(recipe: &Recipe) -> anyhow::Result<Sources> {
     let directory = recipe.file.parent().unwrap_or(Path::new("")).to_owned();
-    let progress = ui::DownloadProgress::new();
     Sources::open(recipe, |reference, base| {
         let place = beside(reference, &directory);
-        let options = OpenOptions { base: base.map(|base| beside(&base.reference, &directory)), progress: Some(&progress), ..OpenOptions::default() };
+        let options = OpenOptions { base: base.map(|base| beside(&base.reference, &directory)) };
         let source = source::open(&place, &options)?;
         Ok(Source { reference: reference.clone(), ..source })
     })
@@ -67,11 +67,13 @@ pub(crate) fn plan(recipe: &Recipe, sources: &Sources, options: &Options) -> any
 }
 
 /// Recipe to composite: opens, plans, sets the gates. Nothing is written.
-pub(crate) fn composite(recipe: &Recipe, options: &Options, device: &Device) -> anyhow::Result<Composite> {
+pub(crate) fn composite(recipe: &Recipe, options: &Options, device: &DeviceArgs) -> anyhow::Result<Composite> {
     let sources = open(recipe)?;
     let plan = plan(recipe, &sources, options)?;
     let base = sources.base();
-    let gates = calibrate::gates(recipe, base, || Decoder::load(base.family, &base.config, &*base.weights, device.dtype(&base.config)?, &device.open()?))?;
+    let place = device.open()?;
+    let decoder = || Decoder::load(base.family, &base.config, &*base.weights, device.dtype(&place, &base.config), &place);
+    let gates = calibrate::gates(recipe, base, decoder)?;
     gates.warnings.iter().for_each(ui::warn);
     Ok(plan::composite(plan, sources, Gates { routed: gates.routed, shared: gates.shared.unwrap_or_default() }))
 }

@@ -7,7 +7,6 @@ use anstyle::{AnsiColor, Style};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use tracing_subscriber::EnvFilter;
 use upcycle::recipe::{Problem, RecipeError};
-use upcycle::recipe::{Problem, RecipeError};
 
 const ERROR: Style = AnsiColor::Red.on_default().bold();
 const WARNING: Style = AnsiColor::Yellow.on_default().bold();
@@ -35,10 +34,6 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
         problems.iter().for_each(problem);
         return ExitCode::FAILURE;
     }
-    if let Some(RecipeError::Invalid(problems)) = error.downcast_ref() {
-        problems.iter().for_each(problem);
-        return ExitCode::FAILURE;
-    }
     eprintln!("{ERROR}error{ERROR:#}: {error}");
     for cause in error.chain().skip(1) {
         eprintln!("  caused by: {cause}");
@@ -54,11 +49,6 @@ pub(crate) fn problem(problem: &Problem) {
 /// Prints a warning.
 pub(crate) fn warn(message: impl std::fmt::Display) {
     eprintln!("{WARNING}warning{WARNING:#}: {message}");
-}
-
-/// Prints a problem of a recipe with its place.
-pub(crate) fn problem(problem: &Problem) {
-    eprintln!("{}", problem.styled());
 }
 
 /// Prints a hint.

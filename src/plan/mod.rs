@@ -25,7 +25,6 @@ use crate::{
     source::{self, Source},
 };
 
-
 /// The opened models of a recipe, each once however often it is named.
 pub struct Sources {
     /// In the order in which the recipe names them, the base first.

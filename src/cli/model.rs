@@ -1,0 +1,88 @@
+//! Opening what a command calls MODEL: a recipe, a directory, a GGUF file, or a name on the Hub.
+
+use std::{collections::BTreeMap, path::Path, sync::Arc};
+
+use candle_core::{DType, Device};
+use upcycle::{
+    engine::{
+        Engine, Options as EngineOptions, Text,
+        device::{self, DeviceChoice, DtypeChoice},
+    },
+    source::{self, OpenOptions, Sidecar},
+};
+use upcycle_architectures::{Config, Family, Weights, decoder::Decoder};
+
+use super::recipe;
+
+/// Where and how to compute.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct DeviceArgs {
+    /// auto, cpu, cuda, cuda:N or metal
+    #[arg(long, default_value = "auto", value_name = "DEVICE")]
+    pub(crate) device: DeviceChoice,
+    /// Type to compute in: auto, f32, f16 or bf16
+    #[arg(long = "compute-dtype", default_value = "auto", value_name = "TYPE")]
+    pub(crate) dtype: DtypeChoice,
+    /// Threads; all cores if not given
+    #[arg(long, short = 'j', alias = "num-threads", value_name = "N")]
+    pub(crate) threads: Option<usize>,
+}
+
+impl DeviceArgs {
+    /// Sets the size of the thread pool. Call before anything runs in parallel.
+    pub(crate) fn set_threads(&self) -> anyhow::Result<()> {
+        if let Some(threads) = self.threads {
+            rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
+        }
+        Ok(())
+    }
+
+    /// The device, with a warning where it is not the one hoped for.
+    pub(crate) fn open(&self) -> anyhow::Result<Device> {
+        let (device, passed_over) = device::open(self.device)?;
+        passed_over.iter().for_each(|reason| tracing::debug!("{reason}"));
+        Ok(device)
+    }
+
+    /// The type to compute a model of this config in.
+    pub(crate) fn dtype(&self, device: &Device, config: &Config) -> DType {
+        device::dtype(self.dtype, device, config)
+    }
+}
+
+/// An opened model.
+pub(crate) struct Loaded {
+    pub(crate) name: String,
+    pub(crate) family: &'static Family,
+    pub(crate) config: Config,
+    pub(crate) weights: Arc<dyn Weights>,
+    pub(crate) sidecars: BTreeMap<String, Sidecar>,
+}
+
+/// Opens a model; a recipe is composed in memory.
+pub(crate) fn open(model: &str, options: &recipe::Options, device: &DeviceArgs) -> anyhow::Result<Loaded> {
+    let path = Path::new(model);
+    if path.is_file() && path.extension().is_some_and(|end| end == "yml" || end == "yaml") {
+        let recipe = recipe::read(path, options)?;
+        let composite = recipe::composite(&recipe, options, device)?;
+        let sidecars = composite.sources.base().sidecars.clone();
+        let name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+        let (family, config) = (composite.plan.family(), composite.plan.config.clone());
+        return Ok(Loaded { name, family, config, weights: Arc::new(composite), sidecars });
+    }
+    let source = source::open(&model.parse()?, &OpenOptions::default())?;
+    let name = path.file_name().map_or_else(|| model.to_owned(), |name| name.to_string_lossy().into_owned());
+    Ok(Loaded { name, family: source.family, config: source.config, weights: source.weights, sidecars: source.sidecars })
+}
+
+/// The decoder of an opened model.
+pub(crate) fn load_decoder(loaded: &Loaded, args: &DeviceArgs) -> anyhow::Result<Decoder> {
+    let device = args.open()?;
+    let dtype = args.dtype(&device, &loaded.config);
+    Ok(Decoder::load(loaded.family, &loaded.config, &*loaded.weights, dtype, &device)?)
+}
+
+/// The engine over an opened model.
+pub(crate) fn engine(loaded: &Loaded, args: &DeviceArgs) -> anyhow::Result<Engine> {
+    Ok(Engine::start(load_decoder(loaded, args)?, Text::open(&loaded.sidecars, &loaded.config)?, EngineOptions::default())?)
+}
