@@ -3,12 +3,32 @@
 //! Sequences of any length run together: their tokens are laid end to end as rows [N, D] (N = all new tokens of all sequences), so that
 //! linear layers and experts see one matrix; only attention looks at each sequence by itself.
 
+mod attention;
+mod cache;
+mod load;
+mod matrix;
+mod mlp;
+mod moe;
+mod norm;
+mod rope;
+
 use candle_core::{DType, Device, Result, Tensor};
+use rayon::prelude::*;
 use upcycle_routers::route::Routing;
 
+pub use self::cache::Cache;
+use self::{
+    attention::Attention,
+    load::Model,
+    matrix::{Matrix, Placement},
+    mlp::Mlp,
+    moe::Sparse,
+    norm::Norm,
+    rope::Table,
+};
 use crate::{
     config::Config,
-    family::Family,
+    family::{Family, Role},
     weights::{Weights, WeightsError},
 };
 
@@ -85,29 +105,6 @@ pub enum Logits {
     All,
 }
 
-/// Keys and values of one sequence.
-#[derive(Debug)]
-pub struct Cache {
-    len: usize,
-}
-
-impl Cache {
-    /// Tokens held.
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Whether it holds nothing.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Forgets all tokens from position `len` on.
-    pub fn truncate(&mut self, len: usize) {
-        self.len = self.len.min(len);
-    }
-}
-
 /// Why a decoder could not be made or run.
 #[derive(Debug, thiserror::Error)]
 pub enum DecoderError {
@@ -125,24 +122,92 @@ pub enum DecoderError {
         /// V
         vocab: usize,
     },
+    /// a type that is not computed in
+    #[error("cannot compute in {dtype:?}, only in f32, f16 or bf16")]
+    Dtype {
+        /// the type asked for
+        dtype: DType,
+    },
+    /// a cache of another model
+    #[error("the cache has {found} layers, the model {expected}")]
+    Cache {
+        /// L
+        expected: usize,
+        /// of the cache
+        found: usize,
+    },
+    /// a probe left a routing that is none
+    #[error("the routing of layer {layer} does not give each of {tokens} tokens some of {experts} experts")]
+    Routing {
+        /// the layer
+        layer: usize,
+        /// N
+        tokens: usize,
+        /// E
+        experts: usize,
+    },
 }
 
 /// A loaded model.
 #[derive(Debug)]
 pub struct Decoder {
     config: Config,
+    device: Device,
+    embedding: Matrix,
+    layers: Vec<Layer>,
+    final_norm: Norm,
+    head: Matrix,
+}
+
+#[derive(Debug)]
+struct Layer {
+    input_norm: Norm,
+    attention: Attention,
+    post_norm: Norm,
+    mlp: LayerMlp,
+}
+
+#[derive(Debug)]
+enum LayerMlp {
+    Dense(Mlp),
+    Sparse(Sparse),
 }
 
 impl Decoder {
-    /// Reads every tensor of `family.tensors(config)` from `weights` (classic or fused layout) onto `device`, computing in `dtype`.
+    /// Reads every tensor of `family.tensors(config)` from `weights` (classic or fused layout) onto `device`, computing in `dtype`: f32, f16
+    /// or bf16.
+    ///
+    /// On the CPU, weights stay the bytes that `weights` gives where `dtype` holds them exactly, and activations are f32 for every `dtype`:
+    /// a CPU computes nothing faster in 16 bits.
     pub fn load(
-        _family: &Family,
+        family: &Family,
         config: &Config,
-        _weights: &dyn Weights,
-        _dtype: DType,
-        _device: &Device,
+        weights: &dyn Weights,
+        dtype: DType,
+        device: &Device,
     ) -> std::result::Result<Self, DecoderError> {
-        Ok(Self { config: config.clone() })
+        let mapped = device.is_cpu();
+        let activations = if mapped { DType::F32 } else { dtype };
+        Self::load_at(family, config, weights, &Placement { device: device.clone(), weights: dtype, activations, mapped })
+    }
+
+    fn load_at(family: &Family, config: &Config, weights: &dyn Weights, placement: &Placement) -> std::result::Result<Self, DecoderError> {
+        if !matches!(placement.weights, DType::F32 | DType::F16 | DType::BF16) {
+            return Err(DecoderError::Dtype { dtype: placement.weights });
+        }
+        let model = Model { family, config, weights, placement };
+        model.check()?;
+        let mut reader = model.reader();
+        let embedding = reader.matrix(Role::Embedding, [config.vocab, config.hidden])?;
+        let head = if config.tied { embedding.clone() } else { reader.matrix(Role::Head, [config.vocab, config.hidden])? };
+        Ok(Self {
+            config: config.clone(),
+            device: placement.device.clone(),
+            embedding,
+            layers: (0..config.layers).into_par_iter().map(|layer| model.reader().layer(layer)).collect::<std::result::Result<_, _>>()?,
+            final_norm: reader.norm(Role::FinalNorm, config.hidden)?,
+            head,
+        })
     }
 
     /// The model's config.
@@ -152,11 +217,84 @@ impl Decoder {
 
     /// An empty cache for one sequence.
     pub fn cache(&self) -> Cache {
-        Cache { len: 0 }
+        Cache::new(self.layers.len())
     }
 
     /// Runs the new tokens of all sequences. Returns the wanted logits as f32 [rows, V], in the order of `steps`.
-    pub fn forward(&self, _steps: &mut [Step<'_>], _probe: &mut dyn Probe) -> std::result::Result<Tensor, DecoderError> {
-        Err(candle_core::Error::Msg("skeleton".into()).into())
+    ///
+    /// If the probe stops the pass or an error does, there are no logits and every cache keeps the tokens that it had.
+    pub fn forward(&self, steps: &mut [Step<'_>], probe: &mut dyn Probe) -> std::result::Result<Tensor, DecoderError> {
+        for step in steps.iter() {
+            if step.cache.layers.len() != self.layers.len() {
+                return Err(DecoderError::Cache { expected: self.layers.len(), found: step.cache.layers.len() });
+            }
+        }
+        let tokens: Vec<u32> = steps.iter().flat_map(|step| step.tokens).copied().collect();
+        if let Some(&token) = tokens.iter().find(|token| **token as usize >= self.config.vocab) {
+            return Err(DecoderError::Token { token, vocab: self.config.vocab });
+        }
+        let nothing = || Ok(Tensor::zeros((0, self.config.vocab), DType::F32, &self.device)?);
+        if tokens.is_empty() {
+            return nothing();
+        }
+        let spans: Vec<_> = steps.iter().map(|step| (step.cache.len(), step.tokens.len())).collect();
+        let rope = Table::new(&self.config.rope, self.config.head_dim, &spans, &self.device)?;
+
+        let mut x = self.embedding.gather(&tokens)?; // [N, D]
+        for (l, layer) in self.layers.iter().enumerate() {
+            look(probe, Site::LayerInput, l, &x)?;
+            let normed = layer.input_norm.forward(&x)?;
+            look(probe, Site::AttentionInput, l, &normed)?;
+            let mixed = layer.attention.forward(&normed, &rope, l, steps)?; // [N, H hd]
+            look(probe, Site::AttentionOutput, l, &mixed)?;
+            x = (x + layer.attention.o.forward(&mixed)?)?;
+            look(probe, Site::AfterAttention, l, &x)?;
+            let normed = layer.post_norm.forward(&x)?;
+            look(probe, Site::RouterInput, l, &normed)?;
+            let y = match &layer.mlp {
+                LayerMlp::Dense(mlp) => mlp.forward(&normed)?,
+                LayerMlp::Sparse(sparse) => sparse.forward(&normed, l, probe)?,
+            };
+            x = (x + y)?;
+            look(probe, Site::LayerOutput, l, &x)?;
+            if !probe.go_on(l) {
+                return nothing();
+            }
+        }
+
+        let wanted = wanted_rows(steps);
+        if probe.wants(Site::FinalNorm) {
+            probe.observe(Site::FinalNorm, self.layers.len(), &self.final_norm.forward(&x)?)?;
+        }
+        let logits = if wanted.is_empty() {
+            nothing()?
+        } else {
+            let x = if wanted.len() == tokens.len() { x } else { x.index_select(&Tensor::new(wanted, &self.device)?, 0)? };
+            self.head.times(&self.final_norm.forward(&x)?)?.to_dtype(DType::F32)?
+        };
+        for step in steps {
+            step.cache.advance(step.tokens.len());
+        }
+        Ok(logits)
     }
+}
+
+fn look(probe: &mut dyn Probe, site: Site, layer: usize, x: &Tensor) -> Result<()> {
+    if probe.wants(site) { probe.observe(site, layer, x) } else { Ok(()) }
+}
+
+/// Rows of the call whose logits are wanted.
+fn wanted_rows(steps: &[Step<'_>]) -> Vec<u32> {
+    let mut wanted = Vec::new();
+    let mut start = 0u32;
+    for step in steps {
+        let end = start + step.tokens.len() as u32;
+        wanted.extend(match step.logits {
+            Logits::None => end..end,
+            Logits::Last => end.saturating_sub(1).max(start)..end,
+            Logits::All => start..end,
+        });
+        start = end;
+    }
+    wanted
 }

@@ -1,0 +1,87 @@
+//! Grouped-query attention with a causal mask, a sliding window where the layer has one, and a cache per sequence.
+//!
+//! N rows of all sequences, T new tokens of one of them, S tokens that they can see; H heads over KV key/value heads, G = H / KV, hd head size.
+
+use candle_core::{D, DType, Device, Result, Tensor};
+
+use super::{Step, matrix::Linear, norm::Norm, rope::Table};
+
+/// Queries that attend at a time: bounds the scores to H * QUERIES * S, and a block sees no keys behind its last query.
+const QUERIES: usize = 256;
+
+#[derive(Debug)]
+pub(super) struct Attention {
+    pub q: Linear,
+    pub k: Linear,
+    pub v: Linear,
+    pub o: Linear,
+    /// norms over each head of q and k
+    pub qk_norm: Option<(Norm, Norm)>,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub window: Option<usize>,
+}
+
+impl Attention {
+    /// x [N, D], the rows of `steps` end to end -> what the output projection sees [N, H hd]. Writes the new keys and values of `layer`.
+    pub fn forward(&self, x: &Tensor, rope: &Table, layer: usize, steps: &mut [Step<'_>]) -> Result<Tensor> {
+        let (n, _) = x.dims2()?;
+        let (q_norm, k_norm) = self.qk_norm.as_ref().map(|(q, k)| (q, k)).unzip();
+        let rotated = |linear: &Linear, norm: Option<&Norm>, heads| {
+            let y = linear.forward(x)?.reshape((n, heads, self.head_dim))?; // [N, heads, hd]
+            rope.rotate(&norm.map_or(Ok(y.clone()), |norm| norm.forward(&y))?)
+        };
+        let scale = (self.head_dim as f64).powf(-0.5);
+        let q = (rotated(&self.q, q_norm, self.heads)? * scale)?.to_dtype(x.dtype())?; // [N, H, hd]
+        let k = rotated(&self.k, k_norm, self.kv_heads)?.to_dtype(x.dtype())?; // [N, KV, hd]
+        let v = self.v.forward(x)?.reshape((n, self.kv_heads, self.head_dim))?; // [N, KV, hd]
+        let mut start = 0;
+        let mut outputs = Vec::with_capacity(steps.len());
+        for step in steps.iter_mut().filter(|step| !step.tokens.is_empty()) {
+            let tokens = step.tokens.len();
+            let own = |all: &Tensor| all.narrow(0, start, tokens)?.transpose(0, 1); // [heads, T, hd]
+            let first = step.cache.len();
+            let (keys, values) = step.cache.layers[layer].write(first, &own(&k)?, &own(&v)?)?; // [KV, S, hd]
+            outputs.push(self.attend(&own(&q)?, &keys, &values, first)?);
+            start += tokens;
+        }
+        Tensor::cat(&outputs, 0)
+    }
+
+    /// q [H, T, hd] at positions `first..`, keys and values [KV, S, hd] at positions `0..` -> [T, H hd]
+    fn attend(&self, q: &Tensor, keys: &Tensor, values: &Tensor, first: usize) -> Result<Tensor> {
+        let (kv, hd, group) = (self.kv_heads, self.head_dim, self.heads / self.kv_heads);
+        let tokens = q.dim(1)?;
+        let mut blocks = Vec::with_capacity(tokens.div_ceil(QUERIES));
+        for start in (0..tokens).step_by(QUERIES) {
+            let t = QUERIES.min(tokens - start);
+            let position = first + start;
+            // What the block's first query no longer sees, none of its queries does.
+            let low = self.window.map_or(0, |window| (position + 1).saturating_sub(window));
+            let seen = position + t - low;
+            // The queries of a group share their keys: together they are the rows of one product, and no key is repeated.
+            let q = q.narrow(1, start, t)?.contiguous()?.reshape((kv, group * t, hd))?;
+            let scores = q.matmul(&keys.narrow(1, low, seen)?.t()?)?.to_dtype(DType::F32)?; // [KV, G T, S]
+            let scores = if t == 1 {
+                scores
+            } else {
+                let mask = self.mask(position, t, low, q.device())?; // [T, S]
+                scores.reshape((kv, group, t, seen))?.broadcast_add(&mask)?.reshape((kv, group * t, seen))?
+            };
+            let weights = candle_nn::ops::softmax_last_dim(&scores)?.to_dtype(q.dtype())?;
+            let mixed = weights.matmul(&values.narrow(1, low, seen)?)?; // [KV, G T, hd]
+            blocks.push(mixed.reshape((self.heads, t, hd))?.transpose(0, 1)?); // [T, H, hd]
+        }
+        Tensor::cat(&blocks, 0)?.flatten(D::Minus2, D::Minus1)
+    }
+
+    /// 0 where query i, at `position + i`, sees the key at `low + j`, and minus infinity elsewhere; [T, S]
+    fn mask(&self, position: usize, t: usize, low: usize, device: &Device) -> Result<Tensor> {
+        let seen = position + t - low;
+        let sees = |query: usize, key: usize| key <= query && self.window.is_none_or(|window| query - key < window);
+        let value = |query, key| if sees(query, key) { 0.0 } else { f32::NEG_INFINITY };
+        let mask: Vec<f32> = (position..position + t).flat_map(|query| (low..low + seen).map(move |key| value(query, key))).collect();
+        Tensor::from_vec(mask, (t, seen), device)
+    }
+}
