@@ -1,10 +1,4 @@
 //! Every environment variable that is read, and what it means. The Hub's variables mean what they mean to `huggingface_hub`.
-
-/// Address that `serve` listens on; `--host` wins.
-pub const HOST: &str = "UPCYCLE_HOST";
-
-/// Port that `serve` listens on; `--port` wins.
-pub const PORT: &str = "UPCYCLE_PORT";
 //!
 //! Two more are read by libraries: `RUST_LOG` by the log filter, and `HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY`, `NO_PROXY` by the HTTP client.
 
@@ -12,8 +6,16 @@ use std::{env, ffi::OsString, path::PathBuf};
 
 use crate::source::Hub;
 
+/// Address that `serve` listens on; `--host` wins.
+pub const HOST: &str = "UPCYCLE_HOST";
+
+/// Port that `serve` listens on; `--port` wins.
+pub const PORT: &str = "UPCYCLE_PORT";
+
 /// Name and meaning of each variable, for `doctor`.
 pub const VARIABLES: &[(&str, &str)] = &[
+    (HOST, "address that `serve` listens on, if there is no --host"),
+    (PORT, "port that `serve` listens on, if there is no --port"),
     ("HF_HUB_CACHE", "directory of the models fetched from the Hub"),
     ("HUGGINGFACE_HUB_CACHE", "older name of HF_HUB_CACHE"),
     ("HF_HOME", "directory of everything of the Hub's: cache in hub/, token in token"),

@@ -39,11 +39,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let loaded = model::open(&args.model, &args.options, &args.device)?;
     let engine = args.generation.engine(&loaded, &args.device, Options::default())?;
     if engine.text().template.is_none() {
-        bail!(
-            "{} has no chat template: give one with `--chat-template FILE`, or use `upcycle run {} PROMPT`",
-            loaded.name,
-            args.model
-        );
+        bail!("{} has no chat template: give one with `--chat-template FILE`, or use `upcycle run {} PROMPT`", loaded.name, args.model);
     }
     let terminal = io::stdin().is_terminal();
     if terminal {

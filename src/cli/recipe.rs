@@ -23,7 +23,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "NAME")]
     pub(crate) allow: Vec<String>,
     /// Seed of everything drawn; overrides the recipe's
-    #[arg(long, value_name = "N", alias = "seed")]
+    #[arg(long, value_name = "N")]
     pub(crate) random_seed: Option<u64>,
 }
 
@@ -43,7 +43,7 @@ pub(crate) fn open(recipe: &Recipe) -> anyhow::Result<Sources> {
     let directory = recipe.file.parent().unwrap_or(Path::new("")).to_owned();
     Sources::open(recipe, |reference, base| {
         let place = beside(reference, &directory);
-        let options = OpenOptions { base: base.map(|base| beside(&base.reference, &directory)) };
+        let options = OpenOptions { base: base.map(|base| beside(&base.reference, &directory)), ..OpenOptions::default() };
         let source = source::open(&place, &options)?;
         Ok(Source { reference: reference.clone(), ..source })
     })
