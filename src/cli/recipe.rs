@@ -23,7 +23,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "NAME", value_parser = lints())]
     pub(crate) allow: Vec<String>,
     /// Seed of everything drawn; overrides the recipe's
-    #[arg(long, value_name = "N", alias = "seed")]
+    #[arg(long, value_name = "N")]
     pub(crate) random_seed: Option<u64>,
 }
 
