@@ -117,9 +117,8 @@ pub fn gates(
     let diagnosis = diagnose(&all);
     warnings.extend(diagnose::warnings(&diagnosis, &names.iter().map(String::as_str).collect::<Vec<_>>()));
     let (routed, shared): (Vec<Gate>, Vec<Gate>) = all.into_iter().map(|gate| gate.split(recipe.experts.len())).unzip();
-    let flat = |gates: Vec<Gate>| gates.into_iter().map(|gate| gate.weight).collect();
-    let shared = if rows.len() > recipe.experts.len() { flat(shared) } else { Vec::new() };
-    Ok(Calibrated { gates: Gates { routed: flat(routed), shared }, diagnosis, warnings })
+    let shared = if rows.len() > recipe.experts.len() { shared } else { Vec::new() };
+    Ok(Calibrated { gates: Gates { routed, shared }, diagnosis, warnings })
 }
 
 /// What to call the experts: the last part of their path if that tells them apart, else all of it.

@@ -5,7 +5,7 @@ use std::{path::Path, str::FromStr as _};
 use anyhow::Context as _;
 use upcycle::{
     calibrate,
-    plan::{self, Composite, Gates, Part, Plan, Sources},
+    plan::{self, Composite, Part, Plan, Sources},
     recipe::{Lint, ModelRef, Recipe},
     source::{self, OpenOptions, Source},
 };
@@ -73,9 +73,9 @@ pub(crate) fn composite(recipe: &Recipe, options: &Options, device: &DeviceArgs)
     let base = sources.base();
     let place = device.open()?;
     let decoder = || Decoder::load(base.family, &base.config, &*base.weights, device.dtype(&place, &base.config), &place);
-    let gates = calibrate::gates(recipe, base, decoder)?;
-    gates.warnings.iter().for_each(ui::warn);
-    Ok(plan::composite(plan, sources, Gates { routed: gates.routed, shared: gates.shared.unwrap_or_default() }))
+    let calibrated = calibrate::gates(recipe, base, decoder)?;
+    calibrated.warnings.iter().for_each(ui::warn);
+    Ok(plan::composite(plan, sources, calibrated.gates))
 }
 
 /// One part of a tensor in words.

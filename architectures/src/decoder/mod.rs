@@ -66,7 +66,7 @@ pub trait Probe {
     /// Sees, and may change, the routing of a sparse layer; `logits` is row-major [N, E].
     fn route(&mut self, _layer: usize, _logits: &[f32], _routing: &mut Routing) {}
 
-    /// Returns false to leave attention out of this layer, as if every token attended to nothing (its output is zero, before the o projection).
+    /// Returns false to let no token attend to anything in this layer: its attention output is zero. The caches are then of no further use.
     fn attends(&self, _layer: usize) -> bool {
         true
     }
@@ -245,7 +245,11 @@ impl Decoder {
             look(probe, Site::LayerInput, l, &x)?;
             let normed = layer.input_norm.forward(&x)?;
             look(probe, Site::AttentionInput, l, &normed)?;
-            let mixed = layer.attention.forward(&normed, &rope, l, steps)?; // [N, H hd]
+            let mixed = if probe.attends(l) {
+                layer.attention.forward(&normed, &rope, l, steps)? // [N, H hd]
+            } else {
+                Tensor::zeros((tokens.len(), self.config.heads * self.config.head_dim), normed.dtype(), &self.device)?
+            };
             look(probe, Site::AttentionOutput, l, &mixed)?;
             x = (x + layer.attention.o.forward(&mixed)?)?;
             look(probe, Site::AfterAttention, l, &x)?;
