@@ -5,7 +5,6 @@ use std::path::Path;
 use insta::assert_snapshot;
 use proptest::prelude::*;
 use serde_json::{Value, json};
-use upcycle_architectures::Weights as _;
 
 use super::{model, open, shard};
 use crate::support::models;

@@ -15,7 +15,7 @@ use serde_json::json;
 use tempfile::TempDir;
 use tokenizers::Tokenizer;
 use upcycle::source::Source;
-use upcycle_architectures::{Dtype, Weights as _};
+use upcycle_architectures::Dtype;
 
 use super::{open, reference};
 use crate::support::models::{self, FFN, HIDDEN, LAYERS, VOCAB};

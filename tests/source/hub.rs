@@ -12,7 +12,6 @@ use upcycle::{
     recipe::ModelRef,
     source::{self, OpenOptions, Progress, Source, SourceError},
 };
-use upcycle_architectures::Weights as _;
 
 use super::{assert_same_tensors, model, open, shard};
 use crate::support::hub::{Behaviour, COMMIT, Hub, Request};

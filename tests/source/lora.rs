@@ -13,7 +13,6 @@ use upcycle::{
     recipe::ModelRef,
     source::{self, OpenOptions, Source, SourceError},
 };
-use upcycle_architectures::Weights as _;
 
 use super::{model, open, reference};
 use crate::support::models;
