@@ -18,17 +18,16 @@ use upcycle_routers::{
 
 use crate::{
     engine::{template::TemplateError, tokenizer::TokenizerError},
+    plan::Gates,
     recipe::{Expert, Recipe},
     source::Source,
 };
 
-/// A recipe's gates.
+/// A recipe's gates, and how good they look.
 #[derive(Debug)]
-pub struct Gates {
-    /// one per layer, [E, D]
-    pub routed: Vec<Gate>,
-    /// one per layer, [1, D]: the shared expert's, if that one has prompts or the method needs none
-    pub shared: Option<Vec<Gate>>,
+pub struct Calibrated {
+    /// those of the experts, and the shared expert's if that one has prompts or the method needs none
+    pub gates: Gates,
     /// one per layer, over all rows: the experts in their order, then the shared one
     pub diagnosis: Vec<diagnose::Layer>,
     /// what the user should know, a line each
@@ -89,10 +88,15 @@ pub enum CalibrateError {
 }
 
 /// The gates that the recipe asks for. `decoder` makes the base's decoder; it is called only if the method needs states.
-pub fn gates(recipe: &Recipe, base: &Source, decoder: impl FnOnce() -> Result<Decoder, DecoderError>) -> Result<Gates, CalibrateError> {
+///
+/// mergekit-moe runs the base in bf16. In f32 the gates come closer to its than in another bf16 implementation, whose rounding differs.
+pub fn gates(
+    recipe: &Recipe,
+    base: &Source,
+    decoder: impl FnOnce() -> Result<Decoder, DecoderError>,
+) -> Result<Calibrated, CalibrateError> {
     let method = recipe.gate_mode;
-    let gated = |shared: &&Expert| method.needs == Needs::Nothing || !shared.positive_prompts.is_empty();
-    let rows: Vec<&Expert> = recipe.experts.iter().chain(recipe.shared_experts.iter().filter(gated)).collect();
+    let rows: Vec<&Expert> = recipe.gated().collect();
     let names = names(&rows);
     let mut warnings = Vec::new();
     let statistics = if method.needs == Needs::Nothing {
@@ -112,8 +116,8 @@ pub fn gates(recipe: &Recipe, base: &Source, decoder: impl FnOnce() -> Result<De
     let diagnosis = diagnose(&all);
     warnings.extend(diagnose::warnings(&diagnosis, &names.iter().map(String::as_str).collect::<Vec<_>>()));
     let (routed, shared): (Vec<Gate>, Vec<Gate>) = all.into_iter().map(|gate| gate.split(recipe.experts.len())).unzip();
-    let shared = (rows.len() > recipe.experts.len()).then_some(shared);
-    Ok(Gates { routed, shared, diagnosis, warnings })
+    let shared = if rows.len() > recipe.experts.len() { shared } else { Vec::new() };
+    Ok(Calibrated { gates: Gates { routed, shared }, diagnosis, warnings })
 }
 
 /// What to call the experts: the last part of their path if that tells them apart, else all of it.
@@ -121,5 +125,5 @@ fn names(experts: &[&Expert]) -> Vec<String> {
     let full: Vec<String> = experts.iter().map(|expert| expert.source_model.to_string()).collect();
     let short: Vec<&str> = full.iter().map(|name| name.trim_end_matches('/').rsplit('/').next().unwrap_or(name)).collect();
     let unique = |name: &&str| short.iter().filter(|other| *other == name).count() == 1;
-    if short.iter().all(|name| unique(name)) { short.iter().map(ToString::to_string).collect() } else { full }
+    if short.iter().all(unique) { short.iter().map(ToString::to_string).collect() } else { full }
 }

@@ -190,7 +190,7 @@ pub enum SourceError {
     /// An adapter that cannot be merged.
     #[error("{}: {reason}", file.display())]
     Adapter {
-        /// adapter_config.json
+        /// its config
         file: PathBuf,
         /// what is wrong and what to do
         reason: String,
@@ -198,7 +198,7 @@ pub enum SourceError {
     /// A tensor of an adapter that does not fit the base.
     #[error("`{}`: tensor `{tensor}`: {reason}", file.display())]
     AdapterTensor {
-        /// adapter_model.safetensors
+        /// its weights
         file: PathBuf,
         /// the adapter's tensor
         tensor: String,

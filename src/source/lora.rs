@@ -278,7 +278,7 @@ enum Change {
     Replace(View),
     /// W' = W + s V
     Add { delta: View, scale: f32 },
-    /// W' = W + s B A, with DoRA (arXiv 2402.09353) rows scaled to length m
+    /// W' = W + s B A, with `DoRA` (arXiv 2402.09353) rows scaled to length m
     LowRank(LowRank),
 }
 
@@ -341,7 +341,9 @@ impl LowRank {
                 if let Some(magnitude) = &magnitude {
                     let norm = w.iter().map(|&w| f64::from(w) * f64::from(w)).sum::<f64>().sqrt();
                     let factor = (f64::from(magnitude[row]) / norm) as f32;
-                    w.iter_mut().for_each(|w| *w *= factor);
+                    for w in w.iter_mut() {
+                        *w *= factor;
+                    }
                 }
             },
         );

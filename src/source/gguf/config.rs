@@ -129,8 +129,7 @@ fn rope_scaling(gguf: &Gguf, architecture: &str, head_dim: usize) -> Result<Opti
     let factor = gguf.float(&key("scaling.factor"))?.or(gguf.float(&key("scale_linear"))?);
     let original = gguf.integer(&key("scaling.original_context_length"))?;
     match (gguf.text(&key("scaling.type"))?, factor) {
-        (Some("none") | None, None) | (Some("none"), _) => Ok(None),
-        (_, Some(1.0) | None) => Ok(None),
+        (Some("none"), _) | (_, Some(1.0) | None) => Ok(None),
         (Some("linear") | None, Some(factor)) => Ok(Some(json!({"type": "linear", "rope_type": "linear", "factor": factor}))),
         (Some("yarn"), Some(factor)) => {
             let mut scaling = json!({"type": "yarn", "rope_type": "yarn", "factor": factor});
@@ -152,7 +151,7 @@ fn llama3_scaling(gguf: &Gguf, base: &str, head_dim: usize) -> Result<Option<Val
     let stored = super::tensors::floats(gguf, "rope_freqs.weight")?;
     let theta = gguf.float(base)?.unwrap_or(10000.0);
     let factor = stored.iter().copied().fold(1.0, f32::max);
-    if factor == 1.0 {
+    if factor <= 1.0 {
         return Ok(None);
     }
     let divisor = |pair: usize| {

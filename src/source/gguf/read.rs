@@ -209,7 +209,7 @@ fn scalar(kind: u32, bytes: &[u8]) -> Result<Value> {
     wide[..bytes.len()].copy_from_slice(bytes);
     let unsigned = u64::from_le_bytes(wide);
     Ok(match kind {
-        0 | 2 | 4 => Value::Integer(unsigned as i64),
+        0 | 2 | 4 | 11 => Value::Integer(unsigned as i64),
         1 => Value::Integer(i64::from(unsigned as i8)),
         3 => Value::Integer(i64::from(unsigned as i16)),
         5 => Value::Integer(i64::from(unsigned as i32)),
@@ -219,7 +219,6 @@ fn scalar(kind: u32, bytes: &[u8]) -> Result<Value> {
         }
         7 => Value::Bool(unsigned != 0),
         10 => Value::Integer(i64::try_from(unsigned).map_err(|_| format!("{unsigned} is too large"))?),
-        11 => Value::Integer(unsigned as i64),
         12 => Value::Float(f64::from_bits(unsigned)),
         _ => return Err(format!("value type {kind} is unknown")),
     })

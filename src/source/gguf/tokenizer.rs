@@ -1,6 +1,6 @@
 //! `tokenizer.json`, `tokenizer_config.json` and `generation_config.json` made from GGUF metadata.
 //!
-//! Two kinds are known: byte-level BPE (`gpt2`), whose splitting pattern GGUF only names, and SentencePiece BPE (`llama`), whose merges
+//! Two kinds are known: byte-level BPE (`gpt2`), whose splitting pattern GGUF only names, and `SentencePiece` BPE (`llama`), whose merges
 //! follow from the scores. Patterns are those of the original `tokenizer.json` files that llama.cpp's names stand for.
 
 use std::collections::{BTreeMap, HashMap};
@@ -17,7 +17,7 @@ const UNKNOWN: i64 = 2;
 const CONTROL: i64 = 3;
 const USER_DEFINED: i64 = 4;
 
-/// No piece of SentencePiece is longer by default than 16 characters; longer ones would make the search for merges slow.
+/// No piece of `SentencePiece` is longer by default than 16 characters; longer ones would make the search for merges slow.
 const LONGEST_MERGE: usize = 64;
 
 /// The files.
@@ -185,7 +185,7 @@ fn merge_of(merge: &str, vocabulary: &Vocabulary) -> Result<Value> {
     }
 }
 
-/// SentencePiece's BPE as tokenizers does it: spaces become `▁`, unknown characters become bytes.
+/// `SentencePiece`'s BPE as tokenizers does it: spaces become `▁`, unknown characters become bytes.
 fn sentence_piece(gguf: &Gguf, vocabulary: &Vocabulary) -> Result<Value> {
     let key = "tokenizer.ggml.scores";
     let scores = gguf.array(key)?.and_then(|array| array.floats()).ok_or_else(|| format!("metadata `{key}` is not a list of floats"))?;
