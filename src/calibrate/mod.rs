@@ -96,8 +96,7 @@ pub fn gates(
     decoder: impl FnOnce() -> Result<Decoder, DecoderError>,
 ) -> Result<Calibrated, CalibrateError> {
     let method = recipe.gate_mode;
-    let gated = |shared: &&Expert| method.needs == Needs::Nothing || !shared.positive_prompts.is_empty();
-    let rows: Vec<&Expert> = recipe.experts.iter().chain(recipe.shared_experts.iter().filter(gated)).collect();
+    let rows: Vec<&Expert> = recipe.gated().collect();
     let names = names(&rows);
     let mut warnings = Vec::new();
     let statistics = if method.needs == Needs::Nothing {

@@ -70,7 +70,7 @@ pub(crate) fn open(model: &str, options: &recipe::Options, device: &DeviceArgs) 
         let (family, config) = (composite.plan.family(), composite.plan.config.clone());
         return Ok(Loaded { name, family, config, weights: Arc::new(composite), sidecars });
     }
-    let source = source::open(&model.parse()?, &OpenOptions::default())?;
+    let source = source::open(&model.parse()?, &OpenOptions { hub: Some(upcycle::env::hub()), ..OpenOptions::default() })?;
     let name = path.file_name().map_or_else(|| model.to_owned(), |name| name.to_string_lossy().into_owned());
     Ok(Loaded { name, family: source.family, config: source.config, weights: source.weights, sidecars: source.sidecars })
 }

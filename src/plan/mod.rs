@@ -13,10 +13,7 @@ use upcycle_architectures::{
     Config, Dtype, Family, LayerRole, Projection, Role, TensorInfo,
     upcycle::{Request, TARGETS, Target},
 };
-use upcycle_routers::{
-    gate::Gate,
-    init::{DEFAULT_SEED, Needs},
-};
+use upcycle_routers::{gate::Gate, init::DEFAULT_SEED};
 
 pub use composite::Composite;
 
@@ -230,7 +227,7 @@ pub fn plan(recipe: &Recipe, sources: &Sources, allow: &[String]) -> Result<Plan
         }
     }
     let config = (target.family.read)(&config_json)?;
-    let gated_shared_expert = shared_expert.is_some_and(|expert| gates_shared(recipe, expert));
+    let gated_shared_expert = recipe.gated().count() > recipe.experts.len();
     let planner = Planner { recipe, sources, experts: &experts, target, gated_shared_expert };
     let tensors = match recipe.layout {
         Layout::Classic => planner.classic(&config, dtype),
@@ -241,11 +238,6 @@ pub fn plan(recipe: &Recipe, sources: &Sources, allow: &[String]) -> Result<Plan
         return Err(PlanError::Problems(missing));
     }
     Ok(Plan { target, config, config_json, dtype, tensors, gated_shared_expert, seed: recipe.seed.unwrap_or(DEFAULT_SEED), warnings })
-}
-
-/// Whether the shared expert's gate gets a row of its own: with prompts, or where no prompts are needed.
-fn gates_shared(recipe: &Recipe, shared: &Expert) -> bool {
-    !shared.positive_prompts.is_empty() || recipe.gate_mode.needs == Needs::Nothing
 }
 
 /// Every id that ends a text in the base or an expert, the base's first.

@@ -14,10 +14,10 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use upcycle_architectures::Dtype;
-use upcycle_routers::init::Method;
+use upcycle_routers::init::{Method, Needs};
 
 pub use self::{
-    lints::{LINTS, Level, Lint, LintError},
+    lints::{LINTS, Level, Lint},
     model_ref::{ModelRef, ModelRefError},
     problem::{Problem, Severity},
 };
@@ -109,13 +109,13 @@ pub enum RecipeError {
     Invalid(Vec<Problem>),
 }
 
-/// Reads and checks a recipe; what it warns of comes with it. `allow` waives lints.
-pub fn read(file: &Path, allow: &[Lint]) -> Result<(Recipe, Vec<Problem>), RecipeError> {
+/// Reads and checks a recipe; what it warns of comes with it. `allow` names the lints that are waived.
+pub fn read(file: &Path, allow: &[String]) -> Result<(Recipe, Vec<Problem>), RecipeError> {
     parse(&fs_err::read_to_string(file)?, file, allow)
 }
 
 /// The same from text. `file` is shown in messages, and `prompts_file` paths are relative to its directory.
-pub fn parse(text: &str, file: &Path, allow: &[Lint]) -> Result<(Recipe, Vec<Problem>), RecipeError> {
+pub fn parse(text: &str, file: &Path, allow: &[String]) -> Result<(Recipe, Vec<Problem>), RecipeError> {
     let mut reader = schema::Reader::new(text, file);
     let failed = |problems: &[Problem]| problems.iter().any(|problem| problem.severity == Severity::Error);
     match reader.recipe() {
@@ -129,6 +129,13 @@ pub fn parse(text: &str, file: &Path, allow: &[Lint]) -> Result<(Recipe, Vec<Pro
 }
 
 impl Recipe {
+    /// Whose gates are set: the routed experts, then the shared expert if it has prompts or the method needs none.
+    pub fn gated(&self) -> impl Iterator<Item = &Expert> {
+        let shared =
+            self.shared_experts.iter().filter(|shared| self.gate_mode.needs == Needs::Nothing || !shared.positive_prompts.is_empty());
+        self.experts.iter().chain(shared)
+    }
+
     /// What was understood, for `plan --json`: every key of a recipe with its value, defaults filled in.
     pub fn to_json(&self) -> Value {
         let expert = |expert: &Expert| {

@@ -16,6 +16,62 @@ pub enum SourceError {
         /// as the user wrote it
         path: String,
     },
+    /// Something that only the Hub could have, and the Hub is not asked.
+    #[error("`{model}` is not a path here, its {missing} is not in the Hub's cache (`{}`), and {why}", cache.display())]
+    NotCached {
+        /// owner/name@revision
+        model: String,
+        /// what is missing
+        missing: String,
+        /// the cache
+        cache: PathBuf,
+        /// why it is not fetched
+        why: &'static str,
+    },
+    /// The Hub has nothing of this name, or does not show it.
+    #[error("`{model}` is not a path here, and {endpoint} answered {status}: {hint}")]
+    Refused {
+        /// owner/name@revision
+        model: String,
+        /// the Hub
+        endpoint: String,
+        /// HTTP status
+        status: u16,
+        /// what to do
+        hint: &'static str,
+    },
+    /// The Hub could not be reached, or broke off.
+    #[error("cannot fetch {what} of `{model}`: {reason}; what has arrived is kept: run the command again to go on")]
+    Network {
+        /// owner/name@revision
+        model: String,
+        /// listing or file
+        what: String,
+        /// what went wrong
+        reason: String,
+    },
+    /// The Hub answered something that cannot be used.
+    #[error("{endpoint} answered about `{model}`: {reason}")]
+    Protocol {
+        /// owner/name@revision
+        model: String,
+        /// the Hub
+        endpoint: String,
+        /// what is wrong with it
+        reason: String,
+    },
+    /// A download whose bytes are not those that the Hub announced.
+    #[error("{file} of `{model}` arrived as {found}, but the Hub announced {expected}; the download was deleted: run the command again")]
+    Corrupt {
+        /// owner/name@revision
+        model: String,
+        /// the file
+        file: String,
+        /// bytes or SHA-256
+        expected: String,
+        /// bytes or SHA-256
+        found: String,
+    },
     /// A file that no model is read from.
     #[error("`{}` is not a model; name its directory, or a .gguf file", file.display())]
     NotAModel {
@@ -70,20 +126,12 @@ pub enum SourceError {
         reason: String,
     },
     /// A config that makes no model of ours.
-    #[error("{}: {source}", file.display())]
+    #[error("`{}`: {source}", place.display())]
     Config {
-        /// config.json, or the GGUF it was made from
-        file: PathBuf,
+        /// directory, or the GGUF that it was made from
+        place: PathBuf,
         /// what is wrong with it
         source: ConfigError,
-    },
-    /// Weights that need another reader.
-    #[error("{}: the checkpoint is quantised ({method}); use the full-precision one, or a GGUF", file.display())]
-    Quantised {
-        /// config.json
-        file: PathBuf,
-        /// `quantization_config.quant_method`
-        method: String,
     },
     /// A broken safetensors file.
     #[error("`{}` cannot be read: {reason}", file.display())]
@@ -138,5 +186,47 @@ pub enum SourceError {
         tensor: String,
         /// as the header says
         dtype: String,
+    },
+    /// An adapter that cannot be merged.
+    #[error("{}: {reason}", file.display())]
+    Adapter {
+        /// its config
+        file: PathBuf,
+        /// what is wrong and what to do
+        reason: String,
+    },
+    /// A tensor of an adapter that does not fit the base.
+    #[error("`{}`: tensor `{tensor}`: {reason}", file.display())]
+    AdapterTensor {
+        /// its weights
+        file: PathBuf,
+        /// the adapter's tensor
+        tensor: String,
+        /// what does not fit
+        reason: String,
+    },
+    /// An adapter alone.
+    #[error("`{place}` is an adapter and does not say for which base; write BASE+{place}")]
+    NoBase {
+        /// the adapter
+        place: String,
+    },
+    /// An adapter where a model must stand, or the other way round.
+    #[error("`{place}` is {found}, where {expected} is needed")]
+    WrongKind {
+        /// the reference
+        place: String,
+        /// what it is
+        found: &'static str,
+        /// what it should be
+        expected: &'static str,
+    },
+    /// A GGUF file that cannot be read, or holds a model that is not supported.
+    #[error("`{}`: {reason}", file.display())]
+    Gguf {
+        /// the file
+        file: PathBuf,
+        /// what is wrong and what to do
+        reason: String,
     },
 }

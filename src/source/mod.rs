@@ -1,6 +1,9 @@
 //! Opened checkpoints: headers and configs are read and checked, tensor bytes stay where they are until somebody reads them.
 
 mod error;
+mod gguf;
+mod hub;
+mod lora;
 mod map;
 mod place;
 mod safetensors;
@@ -16,6 +19,7 @@ use serde_json::Value;
 use upcycle_architectures::{Config, Family, Role, Weights};
 
 use self::{
+    lora::Adapter,
     place::{Files, sidecar_names},
     safetensors::Checkpoint,
 };
@@ -23,6 +27,7 @@ use crate::recipe::ModelRef;
 
 pub use self::{
     error::SourceError,
+    hub::Hub,
     sidecar::{eos_ids, sidecar},
 };
 
@@ -64,44 +69,106 @@ impl Sidecar {
 }
 
 /// How models are found. The default knows local paths only.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 pub struct OpenOptions {
-    /// The model that an adapter without a base of its own is merged into: the recipe's base.
+    /// The model that a bare adapter is merged into, in place of the one that it names: the recipe's base.
     pub base: Option<ModelRef>,
+    /// Where names on the Hub are looked up; `None`: nowhere.
+    pub hub: Option<Hub>,
+    /// Told about downloads.
+    pub progress: Option<Arc<dyn Progress>>,
 }
 
-/// Opens a model: reads configs and headers, maps the weights.
-pub fn open(reference: &ModelRef, _options: &OpenOptions) -> Result<Source, SourceError> {
-    let path = Path::new(&reference.path);
-    if path.is_dir() {
-        open_directory(reference, path)
-    } else if path.exists() {
-        Err(SourceError::NotAModel { file: path.to_owned() })
-    } else {
-        Err(SourceError::NotFound { path: reference.path.clone() })
-    }
+/// Is told how downloads go. Files are fetched one after another.
+pub trait Progress: Send + Sync {
+    /// A file of `total` bytes begins; `done` of them are there from an earlier try.
+    fn start(&self, file: &str, total: u64, done: u64);
+    /// So many more bytes are there.
+    fn advance(&self, bytes: u64);
+    /// The file is complete.
+    fn finish(&self);
 }
 
-fn open_directory(reference: &ModelRef, directory: &Path) -> Result<Source, SourceError> {
-    let names = place::list(directory)?;
-    let config_file = directory.join("config.json");
-    let mut checkpoint = match place::files(&directory.display().to_string(), &names)? {
-        Files::One(name) => Checkpoint::open(&directory.join(name))?,
-        Files::Sharded => Checkpoint::open_sharded(&directory.join(place::INDEX))?,
+/// Opens a model: reads configs and headers, maps the weights. A name that is not a path here is looked up on the Hub.
+pub fn open(reference: &ModelRef, options: &OpenOptions) -> Result<Source, SourceError> {
+    let mut source = match locate(reference, options)? {
+        Place::Model(directory, files) => open_directory(reference, &directory, &files)?,
+        Place::Gguf(file) => gguf::open(reference, &file)?,
+        Place::Adapter(directory) => {
+            let adapter = Adapter::open(&directory)?;
+            let base = options.base.clone().or_else(|| adapter.base());
+            let base = base.ok_or_else(|| SourceError::NoBase { place: reference.path.clone() })?;
+            adapter.merge(open_base(&base, options)?)?
+        }
     };
-    let config_json = read_json(&config_file)?;
-    let (family, config) =
-        upcycle_architectures::detect(&config_json).map_err(|source| SourceError::Config { file: config_file.clone(), source })?;
-    if let Some(quantization) = config_json.get("quantization_config").filter(|config| !config.is_null()) {
-        let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("quantization_config");
-        return Err(SourceError::Quantised { file: config_file, method: method.to_owned() });
+    if let Some(lora) = &reference.lora {
+        match locate(lora, options)? {
+            Place::Adapter(directory) => source = Adapter::open(&directory)?.merge(source)?,
+            Place::Model(..) | Place::Gguf(_) => {
+                return Err(SourceError::WrongKind { place: lora.to_string(), found: "a whole model", expected: "an adapter" });
+            }
+        }
     }
+    source.reference = reference.clone();
+    Ok(source)
+}
+
+/// Opens an adapter's base, which must be a model of its own: adapters do not name adapters as their base.
+fn open_base(base: &ModelRef, options: &OpenOptions) -> Result<Source, SourceError> {
+    if base.lora.is_none()
+        && let Place::Adapter(_) = locate(base, options)?
+    {
+        return Err(SourceError::WrongKind { place: base.to_string(), found: "an adapter", expected: "its base model" });
+    }
+    open(base, &OpenOptions { base: None, ..options.clone() })
+}
+
+/// Where a reference leads, its adapter aside.
+enum Place {
+    Model(PathBuf, Files),
+    Adapter(PathBuf),
+    Gguf(PathBuf),
+}
+
+fn locate(reference: &ModelRef, options: &OpenOptions) -> Result<Place, SourceError> {
+    let path = Path::new(&reference.path);
+    let directory = if path.is_dir() {
+        path.to_owned()
+    } else if path.exists() {
+        return if gguf::is_gguf(path)? { Ok(Place::Gguf(path.to_owned())) } else { Err(SourceError::NotAModel { file: path.to_owned() }) };
+    } else if let Some(hub) = &options.hub
+        && let Some(repo) = hub::Repo::parse(reference)
+    {
+        let directory = hub.fetch(&repo, options.progress.as_deref())?;
+        if let Some(file) = repo.file {
+            return Ok(Place::Gguf(directory.join(file)));
+        }
+        directory
+    } else {
+        return Err(SourceError::NotFound { path: reference.path.clone() });
+    };
+    Ok(match place::files(&directory.display().to_string(), &place::list(&directory)?)? {
+        Files::Adapter => Place::Adapter(directory),
+        Files::Gguf(file) => Place::Gguf(directory.join(file)),
+        files => Place::Model(directory, files),
+    })
+}
+
+fn open_directory(reference: &ModelRef, directory: &Path, files: &Files) -> Result<Source, SourceError> {
+    let mut checkpoint = match files {
+        Files::One(name) => Checkpoint::open(&directory.join(name))?,
+        _ => Checkpoint::open_sharded(&directory.join(place::INDEX))?,
+    };
+    let config_json = read_json(&directory.join(place::CONFIG))?;
+    let (family, config) =
+        upcycle_architectures::detect(&config_json).map_err(|source| SourceError::Config { place: directory.to_owned(), source })?;
     add_trunk_prefix(&mut checkpoint, family);
     for (role, _) in family.tensors(&config) {
         if let Some(name) = family.name(role) {
             checkpoint.check_dtype(&name)?;
         }
     }
+    let names = place::list(directory)?;
     Ok(Source {
         reference: reference.clone(),
         location: directory.to_owned(),

@@ -7,8 +7,9 @@ use super::{SourceError, safetensors::is_plain_name};
 
 /// Name of the index of a sharded checkpoint.
 pub(super) const INDEX: &str = "model.safetensors.index.json";
-const CONFIG: &str = "config.json";
-const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
+pub(super) const CONFIG: &str = "config.json";
+pub(super) const ADAPTER_CONFIG: &str = "adapter_config.json";
+pub(super) const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
 
 /// The files that travel with a model beside `LICENSE*`.
 const SIDECARS: [&str; 10] = [
@@ -31,6 +32,10 @@ pub(super) enum Files {
     One(String),
     /// `config.json`, an index and its shards.
     Sharded,
+    /// A PEFT adapter.
+    Adapter,
+    /// This GGUF file, which holds everything.
+    Gguf(String),
 }
 
 /// Names of the entries of a directory, sorted. Names that are not UTF-8 are none of ours.
@@ -54,14 +59,21 @@ pub(super) fn files(place: &str, names: &[String]) -> Result<Files, SourceError>
     };
     let mut safetensors = ending(&[".safetensors"]);
     safetensors.retain(|name| name != ADAPTER_WEIGHTS);
+    let mut gguf = ending(&[".gguf"]);
     let files = if has("model.safetensors") {
         Files::One("model.safetensors".into())
     } else if has(INDEX) {
         Files::Sharded
+    } else if has(ADAPTER_CONFIG) && has(ADAPTER_WEIGHTS) {
+        return Ok(Files::Adapter);
     } else if safetensors.len() == 1 {
         Files::One(safetensors.remove(0))
     } else if !safetensors.is_empty() {
         return Err(SourceError::Ambiguous { place: place.to_owned(), kind: "safetensors", files: safetensors });
+    } else if gguf.len() == 1 {
+        return Ok(Files::Gguf(gguf.remove(0)));
+    } else if !gguf.is_empty() {
+        return Err(SourceError::Ambiguous { place: place.to_owned(), kind: "GGUF", files: gguf });
     } else if let Some(file) = ending(&[".bin", ".pt", ".pth"]).into_iter().find(|name| name != "training_args.bin") {
         return Err(SourceError::Pickle { place: place.to_owned(), file });
     } else {

@@ -1,0 +1,253 @@
+//! `tokenizer.json`, `tokenizer_config.json` and `generation_config.json` made from GGUF metadata.
+//!
+//! Two kinds are known: byte-level BPE (`gpt2`), whose splitting pattern GGUF only names, and `SentencePiece` BPE (`llama`), whose merges
+//! follow from the scores. Patterns are those of the original `tokenizer.json` files that llama.cpp's names stand for.
+
+use std::collections::{BTreeMap, HashMap};
+
+use serde_json::{Value, json};
+
+use super::{config::special_ids, read::Gguf};
+use crate::source::Sidecar;
+
+type Result<T> = std::result::Result<T, String>;
+
+/// `llama_token_type`
+const UNKNOWN: i64 = 2;
+const CONTROL: i64 = 3;
+const USER_DEFINED: i64 = 4;
+
+/// No piece of `SentencePiece` is longer by default than 16 characters; longer ones would make the search for merges slow.
+const LONGEST_MERGE: usize = 64;
+
+/// The files.
+pub(super) fn make(gguf: &Gguf, config: &Value) -> Result<BTreeMap<String, Sidecar>> {
+    let model = gguf.text("tokenizer.ggml.model")?.ok_or("metadata `tokenizer.ggml.model` is missing")?;
+    let vocabulary = Vocabulary::read(gguf)?;
+    let (tokenizer, adds_bos) = match model {
+        "gpt2" => byte_level(gguf, &vocabulary)?,
+        "llama" => (sentence_piece(gguf, &vocabulary)?, true),
+        other => return Err(format!("tokenizer `{other}` is not supported in GGUF (supported: gpt2, llama)")),
+    };
+    let [(_, bos), (_, eos), (_, pad)] = special_ids(gguf)?;
+    let token = |ids: &[usize]| ids.first().and_then(|id| vocabulary.tokens.get(*id));
+    let adds_bos = gguf.flag("tokenizer.ggml.add_bos_token")?.unwrap_or(adds_bos);
+    let adds_eos = gguf.flag("tokenizer.ggml.add_eos_token")?.unwrap_or(false);
+    let mut tokenizer = tokenizer;
+    let wrap = [adds_bos.then(|| bos.first().zip(token(&bos))).flatten(), adds_eos.then(|| eos.first().zip(token(&eos))).flatten()];
+    if wrap.iter().any(Option::is_some) {
+        tokenizer["post_processor"] = template(wrap);
+    }
+    let unknown = gguf.integer("tokenizer.ggml.unknown_token_id")?.into_iter().collect::<Vec<_>>();
+    let settings = json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": adds_bos,
+        "add_eos_token": adds_eos,
+        "bos_token": token(&bos),
+        "eos_token": token(&eos),
+        "pad_token": token(&pad),
+        "unk_token": token(&unknown),
+        "clean_up_tokenization_spaces": false,
+        "model_max_length": config["max_position_embeddings"],
+        "chat_template": gguf.text("tokenizer.chat_template")?,
+    });
+    let generation = json!({
+        "bos_token_id": config.get("bos_token_id"), "eos_token_id": config.get("eos_token_id"), "pad_token_id": config.get("pad_token_id"),
+    });
+    let made = [("tokenizer.json", tokenizer), ("tokenizer_config.json", settings), ("generation_config.json", generation)];
+    Ok(made.into_iter().map(|(name, json)| (name.to_owned(), Sidecar::Made(json.to_string().into_bytes()))).collect())
+}
+
+/// Tokens with their kinds and the id of each.
+struct Vocabulary {
+    tokens: Vec<String>,
+    kinds: Vec<i64>,
+    ids: HashMap<String, usize>,
+}
+
+impl Vocabulary {
+    fn read(gguf: &Gguf) -> Result<Self> {
+        let key = "tokenizer.ggml.tokens";
+        let tokens =
+            gguf.array(key)?.and_then(|array| array.strings()).ok_or_else(|| format!("metadata `{key}` is not a list of strings"))?;
+        let tokens: Vec<String> = tokens.map(std::borrow::Cow::into_owned).collect();
+        let kinds = gguf.array("tokenizer.ggml.token_type")?.and_then(|array| array.integers()).map(Iterator::collect);
+        let kinds: Vec<i64> = kinds.unwrap_or_else(|| vec![1; tokens.len()]);
+        if kinds.len() != tokens.len() {
+            return Err(format!("metadata `tokenizer.ggml.token_type` has {} entries for {} tokens", kinds.len(), tokens.len()));
+        }
+        let mut ids = HashMap::with_capacity(tokens.len());
+        for (id, token) in tokens.iter().enumerate() {
+            // Of two tokens with one text, the first can be produced.
+            ids.entry(token.clone()).or_insert(id);
+        }
+        Ok(Self { tokens, kinds, ids })
+    }
+
+    /// `vocab` of tokenizer.json, in the order of the ids.
+    fn json(&self) -> Value {
+        self.tokens
+            .iter()
+            .enumerate()
+            .filter(|(id, token)| self.ids.get(*token) == Some(id))
+            .map(|(id, token)| (token.clone(), json!(id)))
+            .collect()
+    }
+
+    /// `added_tokens` of tokenizer.json: the tokens that are cut out of a text before it is split.
+    fn added(&self) -> Vec<Value> {
+        let kinds = self.kinds.iter().zip(&self.tokens).enumerate();
+        kinds
+            .filter(|(_, (kind, _))| matches!(**kind, UNKNOWN | CONTROL | USER_DEFINED))
+            .map(|(id, (kind, token))| {
+                json!({
+                    "id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+                    "special": *kind != USER_DEFINED,
+                })
+            })
+            .collect()
+    }
+}
+
+/// How a kind of byte-level BPE splits a text, by its name in `tokenizer.ggml.pre`.
+struct Splitting {
+    /// Applied one after another.
+    patterns: &'static [&'static str],
+    /// Unicode NFC first.
+    nfc: bool,
+    /// A whole word that is a token is taken as it is.
+    ignore_merges: bool,
+    /// A text begins with the BOS token if the metadata does not say.
+    bos: bool,
+}
+
+const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const DIGIT: &str = r"\p{N}";
+
+fn splitting(name: &str) -> Option<Splitting> {
+    let plain = Splitting { patterns: &[], nfc: false, ignore_merges: false, bos: false };
+    Some(match name {
+        "gpt-2" | "phi-2" | "olmo" | "mpt" | "jais" => Splitting { patterns: &[GPT2], ..plain },
+        "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" | "exaone" | "minerva-7b" => {
+            Splitting { patterns: &[DIGIT, GPT2], ..plain }
+        }
+        "llama-bpe" | "llama3" | "llama-v3" | "falcon3" | "falcon-h1" | "pixtral" | "midm-2.0" | "lfm2" => {
+            Splitting { patterns: &[LLAMA3], ignore_merges: true, bos: true, ..plain }
+        }
+        "dbrx" | "smaug-bpe" | "chatglm-bpe" | "glm4" => Splitting { patterns: &[LLAMA3], ..plain },
+        "qwen2" | "deepseek-r1-qwen" | "kormo" => Splitting { patterns: &[QWEN2], nfc: true, ..plain },
+        "stablelm2" | "hunyuan" | "megrez" => Splitting { patterns: &[QWEN2], ..plain },
+        "tekken" => Splitting { patterns: &[TEKKEN], ignore_merges: true, bos: true, ..plain },
+        // What llama.cpp takes for files that name nothing.
+        "default" => Splitting { patterns: &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"], ..plain },
+        _ => return None,
+    })
+}
+
+/// Byte-level BPE, and whether it begins with BOS by default.
+fn byte_level(gguf: &Gguf, vocabulary: &Vocabulary) -> Result<(Value, bool)> {
+    let name = gguf.text("tokenizer.ggml.pre")?.unwrap_or("default");
+    let splitting = splitting(name).ok_or_else(|| {
+        format!("`tokenizer.ggml.pre` is `{name}`, whose splitting pattern is not known here; use the model's Hugging Face directory")
+    })?;
+    let key = "tokenizer.ggml.merges";
+    let merges = gguf.array(key)?.and_then(|array| array.strings()).ok_or_else(|| format!("metadata `{key}` is not a list of strings"))?;
+    let merges = merges.map(|merge| merge_of(&merge, vocabulary)).collect::<Result<Vec<_>>>()?;
+    let mut steps: Vec<Value> = splitting
+        .patterns
+        .iter()
+        .map(|pattern| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false}))
+        .collect();
+    steps.push(json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false}));
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": vocabulary.added(),
+        "normalizer": splitting.nfc.then(|| json!({"type": "NFC"})),
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "post_processor": null,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
+        "model": {
+            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null, "end_of_word_suffix": null,
+            "fuse_unk": false, "byte_fallback": false, "ignore_merges": splitting.ignore_merges, "vocab": vocabulary.json(), "merges": merges,
+        },
+    });
+    Ok((tokenizer, splitting.bos))
+}
+
+/// `"a b"` as a pair, if both and what they make are tokens.
+fn merge_of(merge: &str, vocabulary: &Vocabulary) -> Result<Value> {
+    let is_token = |token: &str| vocabulary.ids.contains_key(token);
+    match merge.split_once(' ') {
+        Some((left, right)) if is_token(left) && is_token(right) && is_token(&format!("{left}{right}")) => Ok(json!([left, right])),
+        _ => Err(format!("metadata `tokenizer.ggml.merges` has `{merge}`, which joins no two tokens to a third")),
+    }
+}
+
+/// `SentencePiece`'s BPE as tokenizers does it: spaces become `▁`, unknown characters become bytes.
+fn sentence_piece(gguf: &Gguf, vocabulary: &Vocabulary) -> Result<Value> {
+    let key = "tokenizer.ggml.scores";
+    let scores = gguf.array(key)?.and_then(|array| array.floats()).ok_or_else(|| format!("metadata `{key}` is not a list of floats"))?;
+    let scores: Vec<f32> = scores.collect();
+    if scores.len() != vocabulary.tokens.len() {
+        return Err(format!("metadata `{key}` has {} entries for {} tokens", scores.len(), vocabulary.tokens.len()));
+    }
+    let mut normalizers = vec![json!({"type": "Replace", "pattern": {"String": " "}, "content": "\u{2581}"})];
+    let mut decoders = vec![
+        json!({"type": "Replace", "pattern": {"String": "\u{2581}"}, "content": " "}),
+        json!({"type": "ByteFallback"}),
+        json!({"type": "Fuse"}),
+    ];
+    if gguf.flag("tokenizer.ggml.add_space_prefix")?.unwrap_or(true) {
+        normalizers.insert(0, json!({"type": "Prepend", "prepend": "\u{2581}"}));
+        decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
+    }
+    let unknown = gguf.integer("tokenizer.ggml.unknown_token_id")?.and_then(|id| vocabulary.tokens.get(id));
+    Ok(json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": vocabulary.added(),
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "pre_tokenizer": null,
+        "post_processor": null,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {
+            "type": "BPE", "dropout": null, "unk_token": unknown, "continuing_subword_prefix": null, "end_of_word_suffix": null,
+            "fuse_unk": true, "byte_fallback": true, "ignore_merges": false, "vocab": vocabulary.json(), "merges": merges(vocabulary, &scores),
+        },
+    }))
+}
+
+/// Every way to join two pieces to a third, the better score first and then the pieces in the order of their ids: how transformers'
+/// converter (`generate_merges`) gets merges from a vocabulary.
+fn merges(vocabulary: &Vocabulary, scores: &[f32]) -> Vec<[String; 2]> {
+    let mut merges = Vec::new();
+    for (id, piece) in vocabulary.tokens.iter().enumerate() {
+        if matches!(vocabulary.kinds[id], UNKNOWN | CONTROL) || piece.len() > 4 * LONGEST_MERGE || vocabulary.ids.get(piece) != Some(&id) {
+            continue;
+        }
+        for (at, _) in piece.char_indices().skip(1) {
+            if let (Some(left), Some(right)) = (vocabulary.ids.get(&piece[..at]), vocabulary.ids.get(&piece[at..])) {
+                merges.push((scores[id], *left, *right));
+            }
+        }
+    }
+    merges.sort_by(|a, b| b.0.total_cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
+    merges.into_iter().map(|(_, left, right)| [vocabulary.tokens[left].clone(), vocabulary.tokens[right].clone()]).collect()
+}
+
+/// Puts BOS before a text and EOS after it.
+fn template([bos, eos]: [Option<(&usize, &String)>; 2]) -> Value {
+    let sequence = |id: &str, kind: usize| {
+        let mut parts = Vec::new();
+        parts.extend(bos.map(|(_, token)| json!({"SpecialToken": {"id": token, "type_id": kind}})));
+        parts.push(json!({"Sequence": {"id": id, "type_id": kind}}));
+        parts.extend(eos.map(|(_, token)| json!({"SpecialToken": {"id": token, "type_id": kind}})));
+        parts
+    };
+    let special = [bos, eos].into_iter().flatten().map(|(id, token)| (token.clone(), json!({"id": token, "ids": [id], "tokens": [token]})));
+    let pair = [sequence("A", 0), sequence("B", 1)].concat();
+    json!({
+        "type": "TemplateProcessing", "single": sequence("A", 0), "pair": pair,
+        "special_tokens": special.collect::<Value>(),
+    })
+}
