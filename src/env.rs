@@ -6,8 +6,16 @@ use std::{env, ffi::OsString, path::PathBuf};
 
 use crate::source::Hub;
 
+/// Address that `serve` listens on; `--host` wins.
+pub const HOST: &str = "UPCYCLE_HOST";
+
+/// Port that `serve` listens on; `--port` wins.
+pub const PORT: &str = "UPCYCLE_PORT";
+
 /// Name and meaning of each variable, for `doctor`.
 pub const VARIABLES: &[(&str, &str)] = &[
+    (HOST, "address that `serve` listens on, if there is no --host"),
+    (PORT, "port that `serve` listens on, if there is no --port"),
     ("HF_HUB_CACHE", "directory of the models fetched from the Hub"),
     ("HUGGINGFACE_HUB_CACHE", "older name of HF_HUB_CACHE"),
     ("HF_HOME", "directory of everything of the Hub's: cache in hub/, token in token"),

@@ -1,1 +1,239 @@
-//! Tests of `cli`.
+//! The command line as its users see it: transcripts of what is typed and what comes back. Models are the business of other modules.
+
+use insta::assert_snapshot;
+
+use crate::support::cli::transcript;
+
+/// Runs a command in a directory that holds `recipe.yml`.
+fn with_recipe(recipe: &str, args: &[&str]) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    fs_err::write(dir.path().join("recipe.yml"), recipe).unwrap();
+    transcript(dir.path(), args)
+}
+
+const RECIPE: &str = "base_model: org/base
+experts_per_token: 1
+experts:
+  - source_model: org/coder
+    positive_prompts: [\"Write a function that sorts a list\"]
+  - source_model: org/poet
+    positive_prompts: [\"Compose a sonnet about rain.\"]
+";
+
+#[test]
+fn a_recipe_alone_can_be_checked() {
+    assert_snapshot!(with_recipe(RECIPE, &["plan", "--recipe-only", "recipe.yml"]), @"
+    $ upcycle plan --recipe-only recipe.yml
+    exit 0
+    --- stdout
+    recipe.yml is a good recipe: 2 experts, gate mode hidden
+    ");
+    assert_snapshot!(with_recipe(RECIPE, &["plan", "--recipe-only", "--json", "recipe.yml"]), @r#"
+    $ upcycle plan --recipe-only --json recipe.yml
+    exit 0
+    --- stdout
+    {
+      "base_model": "org/base",
+      "experts": [
+        {
+          "source_model": "org/coder",
+          "positive_prompts": [
+            "Write a function that sorts a list"
+          ],
+          "negative_prompts": [],
+          "noise_scale": null,
+          "residual_scale": null
+        },
+        {
+          "source_model": "org/poet",
+          "positive_prompts": [
+            "Compose a sonnet about rain."
+          ],
+          "negative_prompts": [],
+          "noise_scale": null,
+          "residual_scale": null
+        }
+      ],
+      "shared_experts": [],
+      "gate_mode": "hidden",
+      "dtype": null,
+      "experts_per_token": 1,
+      "architecture": null,
+      "shared": "base",
+      "chat_template": false,
+      "tokenizer": null,
+      "layout": "classic",
+      "seed": null
+    }
+    "#);
+}
+
+#[test]
+fn a_warning_does_not_stop_a_command() {
+    let recipe = RECIPE.to_owned() + "merge_method: moe\n";
+    assert_snapshot!(with_recipe(&recipe, &["plan", "--recipe-only", "recipe.yml"]), @"
+    $ upcycle plan --recipe-only recipe.yml
+    exit 0
+    --- stdout
+    recipe.yml is a good recipe: 2 experts, gate mode hidden
+    --- stderr
+    warning: `merge_method` is ignored: experts are not merged, each keeps its own MLPs
+     --> recipe.yml:8:1
+      |
+    8 | merge_method: moe
+      | ^^^^^^^^^^^^
+      |
+    hint: remove it
+    ");
+}
+
+#[test]
+fn mistakes_in_a_recipe_end_with_exit_code_1() {
+    let recipe = RECIPE.replace("experts_per_token: 1", "expert_per_token: 1\ngate_mode: hiden");
+    assert_snapshot!(with_recipe(&recipe, &["plan", "--recipe-only", "recipe.yml"]), @"
+    $ upcycle plan --recipe-only recipe.yml
+    exit 1
+    --- stderr
+    error: unknown key `expert_per_token` in a recipe
+     --> recipe.yml:2:1
+      |
+    2 | expert_per_token: 1
+      | ^^^^^^^^^^^^^^^^
+      |
+    hint: did you mean `experts_per_token`? A recipe has the keys `base_model`, `experts`, `shared_experts`, `gate_mode`, `dtype`, `experts_per_token`, `architecture`, `shared`, `chat_template`, `tokenizer`, `layout`, `seed`
+
+    error: unknown value `hiden` for `gate_mode`
+     --> recipe.yml:3:12
+      |
+    3 | gate_mode: hiden
+      |            ^^^^^
+      |
+    hint: did you mean `hidden`? It is one of `hidden`, `hidden_avg`, `cheap_embed`, `random`, `uniform_random`
+    ");
+    assert_snapshot!(with_recipe("", &["plan", "no-such.yml"]), @"
+    $ upcycle plan no-such.yml
+    exit 1
+    --- stderr
+    error: failed to open file `no-such.yml`: No such file or directory (os error 2)
+    ");
+}
+
+#[test]
+fn checks_are_waived_by_name() {
+    let same = RECIPE.replace("org/poet", "org/coder");
+    assert_snapshot!(with_recipe(&same, &["plan", "--recipe-only", "recipe.yml"]), @r#"
+    $ upcycle plan --recipe-only recipe.yml
+    exit 1
+    --- stderr
+    error[same-model-experts]: every expert is the same model
+     --> recipe.yml:4:19
+      |
+    4 |   - source_model: org/coder
+      |                   ^^^^^^^^^ expert 0
+    5 |     positive_prompts: ["Write a function that sorts a list"]
+    6 |   - source_model: org/coder
+      |                   --------- expert 1
+      |
+      = note: copies of one model compute what that model computes, at several times its size
+    hint: name different fine-tunes; copies are useful only as a start for training; `--allow same-model-experts` if it is meant
+    "#);
+    assert_snapshot!(with_recipe(&same, &["plan", "--recipe-only", "recipe.yml", "--allow", "same-model-experts"]), @r#"
+    $ upcycle plan --recipe-only recipe.yml --allow same-model-experts
+    exit 0
+    --- stdout
+    recipe.yml is a good recipe: 2 experts, gate mode hidden
+    --- stderr
+    warning[same-model-experts]: every expert is the same model
+     --> recipe.yml:4:19
+      |
+    4 |   - source_model: org/coder
+      |                   ^^^^^^^^^ expert 0
+    5 |     positive_prompts: ["Write a function that sorts a list"]
+    6 |   - source_model: org/coder
+      |                   --------- expert 1
+      |
+      = note: copies of one model compute what that model computes, at several times its size
+    hint: name different fine-tunes; copies are useful only as a start for training
+    "#);
+    assert_snapshot!(with_recipe(&same, &["plan", "--recipe-only", "recipe.yml", "--allow", "same-modelexperts"]), @"
+    $ upcycle plan --recipe-only recipe.yml --allow same-modelexperts
+    exit 2
+    --- stderr
+    error: invalid value 'same-modelexperts' for '--allow <NAME>'
+      [possible values: one-expert, identical-prompts, same-model-experts, twin-prompts, twin-experts, same-endings, circular-negatives, keyword-prompts, uneven-prompts, empty-prompts, unused-prompts, rope-mismatch, eps-mismatch, vocabulary-mismatch, non-finite-weights]
+
+      tip: a similar value exists: 'same-model-experts'
+
+    For more information, try '--help'.
+    ");
+}
+
+#[test]
+fn a_bad_command_line_ends_with_exit_code_2() {
+    assert_snapshot!(with_recipe("", &["plan"]), @"
+    $ upcycle plan
+    exit 2
+    --- stderr
+    error: the following required arguments were not provided:
+      <RECIPE>
+
+    Usage: upcycle plan <RECIPE>
+
+    For more information, try '--help'.
+    ");
+    assert_snapshot!(with_recipe("", &["plann", "recipe.yml"]), @"
+    $ upcycle plann recipe.yml
+    exit 2
+    --- stderr
+    error: unrecognized subcommand 'plann'
+
+      tip: a similar subcommand exists: 'plan'
+
+    Usage: upcycle [OPTIONS] <COMMAND>
+
+    For more information, try '--help'.
+    ");
+    assert_snapshot!(with_recipe("", &["plan", "recipe.yml", "--jsn"]), @"
+    $ upcycle plan recipe.yml --jsn
+    exit 2
+    --- stderr
+    error: unexpected argument '--jsn' found
+
+      tip: a similar argument exists: '--json'
+
+    Usage: upcycle plan --json <RECIPE>
+
+    For more information, try '--help'.
+    ");
+}
+
+#[test]
+fn help_names_every_command() {
+    assert_snapshot!(with_recipe("", &["--help"]), @"
+    $ upcycle --help
+    exit 0
+    --- stdout
+    Compose fine-tunes of one base model into a Mixture-of-Experts, and serve it
+
+    Usage: upcycle [OPTIONS] <COMMAND>
+
+    Commands:
+      demo         Compose and try the bundled tiny experts: nothing to download
+      plan         Say what would be written: tensors, bytes, memory, problems
+      compose      Write the composite
+      serve        Serve a model with OpenAI's API
+      chat         Talk to a model in the terminal
+      run          One prompt in, text out
+      inspect      Show what a model is made of
+      doctor       Devices, features, disk and memory
+      completions  Shell completions
+      help         Print this message or the help of the given subcommand(s)
+
+    Options:
+      -v, --verbose...  Say more (-v), or much more (-vv)
+      -q, --quiet       Say nothing but errors
+      -h, --help        Print help
+      -V, --version     Print version
+    ");
+    assert!(with_recipe("", &["completions", "bash"]).contains("complete -F _upcycle"));
+}

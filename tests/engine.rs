@@ -1,1 +1,227 @@
-//! Tests of `engine`.
+//! The engine over trained models: what a sequence says does not depend on its neighbours, and it ends where it should.
+
+use std::{
+    ops::ControlFlow,
+    time::{Duration, Instant},
+};
+
+use assert_cmd::Command;
+use serde_json::{Map, json};
+use tokio::sync::mpsc::UnboundedReceiver;
+use upcycle::engine::{Engine, EngineError, Event, Finish, FinishReason, Options, Request, Sampling, Specials};
+
+use crate::support::engines::{demo, engine};
+
+/// Ends every text of the bundled models.
+const EOS: u32 = 0;
+
+fn greedy() -> Sampling {
+    Sampling { temperature: 0.0, ..Sampling::default() }
+}
+
+/// Goes on until it is stopped.
+fn endless(engine: &Engine) -> Request {
+    let sampling = Sampling { logit_bias: vec![(EOS, -100.0)], ..greedy() };
+    Request { prompt: engine.text().prompt("It was a dark night").unwrap(), sampling, ..Request::default() }
+}
+
+fn collect(mut events: UnboundedReceiver<Event>) -> (Vec<String>, Result<Finish, String>) {
+    let mut pieces = Vec::new();
+    while let Some(event) = events.blocking_recv() {
+        match event {
+            Event::Text(text) => pieces.push(text),
+            Event::Done(finish) => return (pieces, Ok(finish)),
+            Event::Failed(reason) => return (pieces, Err(reason)),
+        }
+    }
+    panic!("the channel closed without an end");
+}
+
+fn generate(engine: &Engine, request: Request) -> (String, Finish) {
+    let (pieces, finish) = collect(engine.submit(request).unwrap());
+    (pieces.concat(), finish.unwrap())
+}
+
+fn wait_until_idle(engine: &Engine) {
+    let start = Instant::now();
+    while engine.unfinished() > 0 {
+        assert!(start.elapsed() < Duration::from_secs(20), "{} requests are still unfinished", engine.unfinished());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_text_is_the_same_alone_in_a_crowd_and_in_chunks() {
+    let prompts = [
+        "Problem: Compute 12 + 30.\n",
+        "And God said unto Moses, ",
+        "def add(a, b):\n    return",
+        "Der Mensch ist",
+        "a",
+        "In the beginning was the Word, and the Word was with God, and the Word was God. The same was in the beginning with God. All things",
+    ];
+    let requests = |engine: &Engine| -> Vec<Request> {
+        let request = |(i, prompt): (usize, &&str)| {
+            let drawn = Sampling { temperature: 0.8, top_p: 0.95, seed: Some(i as u64), ..Sampling::default() };
+            let sampling = if i % 2 == 0 { greedy() } else { drawn };
+            Request { prompt: engine.text().prompt(prompt).unwrap(), sampling, max_tokens: Some(40), stop: Vec::new() }
+        };
+        prompts.iter().enumerate().map(request).collect()
+    };
+    let alone = engine("base", Options { parallel: 1, ..Options::default() });
+    let expected: Vec<(String, usize)> = requests(&alone)
+        .into_iter()
+        .map(|request| {
+            let (text, finish) = generate(&alone, request);
+            (text, finish.completion_tokens)
+        })
+        .collect();
+    assert!(expected.iter().all(|(text, _)| !text.is_empty()));
+    for (parallel, chunk) in [(6, 256), (6, 3), (3, 1), (4, 7)] {
+        let crowd = engine("base", Options { parallel, chunk, ..Options::default() });
+        let running: Vec<_> = requests(&crowd).into_iter().map(|request| crowd.submit(request).unwrap()).collect();
+        for (i, (events, expected)) in running.into_iter().zip(&expected).enumerate() {
+            let (pieces, finish) = collect(events);
+            assert_eq!(
+                (pieces.concat(), finish.unwrap().completion_tokens),
+                *expected,
+                "prompt {i}, {parallel} together, chunks of {chunk}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_stop_string_over_several_tokens_ends_the_text_and_never_shows() {
+    let engine = engine("math", Options::default());
+    let request =
+        Request { prompt: engine.text().prompt("Problem: Compute 12 + 30.\n").unwrap(), max_tokens: Some(40), ..endless(&engine) };
+    let (text, finish) = generate(&engine, request.clone());
+    assert_eq!((finish.reason, finish.completion_tokens), (FinishReason::Length, 40));
+    let stop = text.get(5..13).unwrap().to_owned();
+    assert!(engine.tokenizer().encode(&stop, Specials::Written).unwrap().len() > 1, "{stop:?} is one token: choose another");
+    let never = "no such text".to_owned();
+    let (pieces, finish) = collect(engine.submit(Request { stop: vec![never, stop.clone()], ..request }).unwrap());
+    assert_eq!(pieces.concat(), text[..text.find(&stop).unwrap()]);
+    assert_eq!(finish.unwrap().reason, FinishReason::Stop);
+}
+
+#[test]
+fn a_model_that_ends_its_text_is_believed() {
+    let engine = engine("base", Options::default());
+    let (text, finish) =
+        generate(&engine, Request { sampling: Sampling { logit_bias: vec![(EOS, 100.0)], ..greedy() }, ..endless(&engine) });
+    assert_eq!((text.as_str(), finish.reason, finish.completion_tokens), ("", FinishReason::Stop, 1));
+}
+
+#[test]
+fn texts_end_at_the_context_limit_and_prompts_beyond_it_are_refused_with_numbers() {
+    let engine = engine("base", Options { context: Some(24), ..Options::default() });
+    let request = endless(&engine);
+    let prompt = request.prompt.len();
+    let (_, finish) = generate(&engine, request.clone());
+    assert_eq!((finish.reason, finish.prompt_tokens, finish.completion_tokens), (FinishReason::Length, prompt, 24 - prompt));
+    let (_, finish) = generate(&engine, Request { max_tokens: Some(1000), ..request.clone() });
+    assert_eq!(finish.completion_tokens, 24 - prompt);
+    let error = engine.submit(Request { prompt: vec![5; 24], ..request }).unwrap_err();
+    assert_eq!(error.to_string(), "the prompt has 24 tokens, but the context holds 24, at least one of them for the answer");
+    assert_eq!(self::engine("base", Options { context: Some(1_000_000), ..Options::default() }).context(), 512);
+}
+
+#[test]
+fn requests_that_make_no_sense_are_refused() {
+    let engine = engine("base", Options::default());
+    let refuse = |request: Request| engine.submit(request).unwrap_err().to_string();
+    let good = endless(&engine);
+    assert_eq!(refuse(Request { prompt: Vec::new(), ..good.clone() }), "the prompt is empty");
+    assert_eq!(refuse(Request { prompt: vec![3, 2048], ..good.clone() }), "token 2048 is not in the vocabulary of 2048");
+    assert_eq!(refuse(Request { max_tokens: Some(0), ..good.clone() }), "`max_tokens` is 0, expected at least 1");
+    let cold = Sampling { temperature: -1.0, ..greedy() };
+    assert_eq!(refuse(Request { sampling: cold, ..good }), "`temperature` is -1, expected a number from 0 to 100");
+    assert_eq!(engine.unfinished(), 0);
+}
+
+#[test]
+fn dropping_the_receiver_frees_the_place() {
+    let engine = engine("base", Options { parallel: 1, ..Options::default() });
+    let mut running = engine.submit(endless(&engine)).unwrap();
+    running.blocking_recv().unwrap();
+    let waiting: Vec<_> = (0..50).map(|_| engine.submit(endless(&engine)).unwrap()).collect();
+    assert_eq!(engine.unfinished(), 51);
+    drop((running, waiting));
+    let (_, finish) = generate(&engine, Request { max_tokens: Some(3), ..endless(&engine) });
+    assert_eq!(finish.completion_tokens, 3);
+    wait_until_idle(&engine);
+    let all = engine.stream(endless(&engine), |_| ControlFlow::Break(())).unwrap();
+    assert_eq!(all, None);
+    wait_until_idle(&engine);
+}
+
+#[test]
+fn a_full_queue_refuses() {
+    let engine = engine("base", Options { parallel: 1, queue: 1, ..Options::default() });
+    let taken: Vec<_> = (0..2).map(|_| engine.submit(endless(&engine)).unwrap()).collect();
+    assert!(matches!(engine.submit(endless(&engine)), Err(EngineError::Busy { waiting: 1 })));
+    drop(taken);
+    wait_until_idle(&engine);
+    engine.submit(endless(&engine)).unwrap();
+}
+
+#[test]
+fn draining_finishes_what_runs_and_aborting_does_not() {
+    let engine = engine("base", Options { parallel: 1, ..Options::default() });
+    let short = engine.submit(Request { max_tokens: Some(5), ..endless(&engine) }).unwrap();
+    engine.drain();
+    assert!(matches!(engine.submit(endless(&engine)), Err(EngineError::Stopped)));
+    assert_eq!(collect(short).1.unwrap().completion_tokens, 5);
+
+    let engine = self::engine("base", Options { parallel: 1, ..Options::default() });
+    let endless: Vec<_> = (0..3).map(|_| engine.submit(endless(&engine)).unwrap()).collect();
+    engine.abort();
+    for events in endless {
+        assert_eq!(collect(events).1.unwrap_err(), "the engine is shutting down");
+    }
+}
+
+#[test]
+fn messages_go_through_the_models_own_template() {
+    let engine = engine("base", Options::default());
+    let tokens = engine.text().chat_prompt(&[json!({"role": "user", "content": "Hi"})], &Map::new()).unwrap();
+    let expected = engine.tokenizer().encode("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", Specials::Written).unwrap();
+    assert_eq!(tokens, expected);
+    assert_eq!((tokens[0], engine.tokenizer().decode(&tokens).unwrap().as_str()), (1, "user\nHi\nassistant\n"));
+}
+
+fn upcycle(arguments: &[&str]) -> Command {
+    let mut command = Command::cargo_bin("upcycle").unwrap();
+    command.args(arguments).arg(demo("math"));
+    command
+}
+
+#[test]
+fn run_prints_the_text_alone() {
+    let alone = engine("math", Options::default()).generate("Problem: Compute 12 + 30.\n", 12).unwrap();
+    let run = |arguments: &[&str], stdin: &str| {
+        let output = upcycle(&["run", "-n", "12"]).args(arguments).write_stdin(stdin).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert_eq!(run(&["Problem: Compute 12 + 30.\n", "--raw"], "").trim_end_matches('\n'), alone.trim_end_matches('\n'));
+    assert_eq!(run(&["-", "--raw"], "Problem: Compute 12 + 30.\n").trim_end_matches('\n'), alone.trim_end_matches('\n'));
+    let chat = run(&["Compute 12 + 30."], "");
+    assert_ne!(chat, run(&["Compute 12 + 30.", "--system", "You know German."], ""));
+}
+
+#[test]
+fn chat_takes_turns_from_stdin() {
+    let chat = |stdin: &str| {
+        let output = upcycle(&["chat", "-n", "8"]).write_stdin(stdin.to_owned()).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let (first, second) = (chat("Compute 1 + 2.\n"), chat("Compute 3 + 4.\n"));
+    assert_eq!(chat("Compute 1 + 2.\n/reset\n\nCompute 3 + 4.\n/exit\nnever\n"), format!("{first}{second}"));
+    let turns = chat("Compute 1 + 2.\nCompute 3 + 4.\n");
+    assert!(turns.starts_with(&first));
+    assert_ne!(turns, format!("{first}{second}"), "the second turn does not know the first");
+}

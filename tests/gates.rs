@@ -50,7 +50,7 @@ fn compare(case: &str) -> Vec<Deviation> {
     let golden = SafeTensors::deserialize(&bytes).unwrap();
     let mut ours = BTreeMap::new();
     for (kind, gates) in [("gate", &gates.routed), ("shared_gate", &gates.shared)] {
-        ours.extend(gates.iter().enumerate().map(|(layer, gate)| (format!("{kind}.{layer}"), (layer, gate))));
+        ours.extend(gates.iter().enumerate().map(|(layer, gate)| (format!("{kind}.{layer}"), (layer, &gate.weight))));
     }
     assert_eq!(ours.keys().map(String::as_str).collect::<Vec<_>>(), sorted(golden.names()));
     let mut deviations = Vec::new();
@@ -80,7 +80,7 @@ fn sorted(mut names: Vec<&str>) -> Vec<&str> {
 fn assert_states_agree(case: &str) {
     for Deviation { layer, cosine, most } in compare(case) {
         // What enters layer 0 are embeddings, so nothing was computed that could round differently.
-        let (least, bound) = if layer == 0 { (0.999_999, 0.0) } else { (0.9995, 0.02) };
+        let (least, bound) = if layer == 0 { (0.999_999, 0.0) } else { (0.9999, 0.004) };
         assert!(cosine >= least && most <= bound, "{case}: layer {layer}: cosine {cosine}, greatest difference {most}");
     }
 }
@@ -132,8 +132,8 @@ fn permuting_the_experts_permutes_the_gates() {
     let (a, b) = ("import os", "Problem: Compute 17 * 24.");
     let (straight, turned) = (run(&two("", a, b)).unwrap().gates, run(&two("", b, a)).unwrap().gates);
     for (straight, turned) in straight.routed.iter().zip(&turned.routed) {
-        let swapped = [&turned[256..], &turned[..256]].concat();
-        let most = straight.iter().zip(&swapped).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        let swapped = [turned.row(1), turned.row(0)].concat();
+        let most = straight.weight.iter().zip(&swapped).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(most <= 0.004, "{most}");
     }
 }
@@ -161,8 +161,8 @@ fn a_chat_template_is_used_if_asked_for() {
     let (plain, wrapped) = (gates("chat_template: false"), gates("chat_template: true"));
     assert_ne!(plain, wrapped);
     // Both prompts end where the assistant begins to speak: the same token, and layer 0 sees nothing else.
-    assert_eq!(wrapped[0][..256], wrapped[0][256..]);
-    assert_ne!(wrapped[1][..256], wrapped[1][256..]);
+    assert_eq!(wrapped[0].row(0), wrapped[0].row(1));
+    assert_ne!(wrapped[1].row(0), wrapped[1].row(1));
 }
 
 /// A tiny random base in `dir`, with a file changed, and a recipe over it.

@@ -6,12 +6,12 @@ use std::{fmt::Write as _, path::Path};
 
 use insta::assert_snapshot;
 use proptest::prelude::*;
-use upcycle::recipe::{self, Layout, Lint, ModelRef, Recipe, RecipeError, Shared};
+use upcycle::recipe::{self, Layout, ModelRef, Recipe, RecipeError, Shared};
 use upcycle_architectures::Dtype;
 
 /// What a recipe is understood as, and what is said about it.
 fn verdict(text: &str, allow: &[&str]) -> String {
-    let allow: Vec<Lint> = allow.iter().map(|name| name.parse().unwrap()).collect();
+    let allow: Vec<String> = allow.iter().map(|name| (*name).to_owned()).collect();
     match recipe::parse(text, Path::new("recipe.yml"), &allow) {
         Ok((recipe, warnings)) => {
             let mut out = summary(&recipe);
@@ -657,44 +657,40 @@ fn several_mistakes_are_shown_at_once() {
 #[test]
 fn what_is_refused() {
     assert_snapshot!(verdict("base_model: base\nexperts: []", &[]), @"
-    error[no-experts]: there are no experts
+    error: there are no experts
      --> recipe.yml:2:1
       |
     2 | experts: []
       | ^^^^^^^
       |
-      = note: a composite without experts is the base
     hint: write one `- source_model: ...` per expert below `experts`
     ");
     assert_snapshot!(told("experts_per_token: 1", "experts_per_token: 3"), @"
-    error[too-few-experts]: each token chooses 3 experts, but there are 2
+    error: each token chooses 3 experts, but there are 2
      --> recipe.yml:3:1
       |
     3 | experts_per_token: 3
       | ^^^^^^^^^^^^^^^^^
       |
-      = note: a token cannot choose more experts than there are
     hint: add experts, or lower `experts_per_token` (2 if not given)
     ");
     assert_snapshot!(verdict(&with("shared_experts: [{source_model: a}, {source_model: b}]"), &[]), @"
-    error[many-shared-experts]: there can be one shared expert, not 2
+    error: there can be one shared expert, not 2
      --> recipe.yml:9:1
       |
     9 | shared_experts: [{source_model: a}, {source_model: b}]
       | ^^^^^^^^^^^^^^
       |
-      = note: no architecture that others load has more than one
     hint: keep one, and make the others experts
     ");
     let no_prompts = "base_model: base\nexperts: [{source_model: one}, {source_model: two, positive_prompts: []}]\n";
     assert_snapshot!(verdict(no_prompts, &[]), @"
-    error[missing-prompts]: `hidden` makes gates from prompts, but experts 0 and 1 have none
+    error: `hidden` makes gates from prompts, but experts 0 and 1 have none
      --> recipe.yml:2:26
       |
     2 | experts: [{source_model: one}, {source_model: two, positive_prompts: []}]
       |                          ^^^ expert 0         --- expert 1
       |
-      = note: the gate of an expert is made from its prompts
     hint: give it `positive_prompts` or a `prompts_file`, or set `gate_mode: random` and train the gates
     ");
     assert!(!verdict(&(no_prompts.to_owned() + "gate_mode: uniform_random"), &[]).contains("error"));
@@ -730,6 +726,18 @@ fn what_is_refused_unless_allowed() {
     shared: "base"
     chat_template: false
     layout: "classic"
+
+    warning[identical-prompts]: every expert has the same prompts
+     --> recipe.yml:6:5
+      |
+    6 |     positive_prompts: ["Write a function that sorts a list", "Why does this loop never end?"]
+      |     ^^^^^^^^^^^^^^^^ expert 0
+    7 |   - source_model: two
+    8 |     positive_prompts: ["Write a function that sorts a list", "Why does this loop never end?"]
+      |     ---------------- expert 1
+      |
+      = note: equal prompts give equal gates: every token would go to the first experts
+    hint: give each expert prompts of what it is good at
     "#);
     let same_models = SOUND.replace("source_model: two", "source_model: one");
     assert_snapshot!(verdict(&same_models, &[]), @r#"
@@ -745,7 +753,7 @@ fn what_is_refused_unless_allowed() {
       = note: copies of one model compute what that model computes, at several times its size
     hint: name different fine-tunes; copies are useful only as a start for training; `--allow same-model-experts` if it is meant
     "#);
-    assert!(!verdict(&same_models, &["same-model-experts"]).contains("error"));
+    assert!(verdict(&same_models, &["same-model-experts"]).contains("\n\nwarning[same-model-experts]"));
     let one = SOUND.split_once("  - source_model: two").unwrap().0;
     assert_snapshot!(verdict(one, &[]), @"
     error[one-expert]: there is only one expert
@@ -757,7 +765,12 @@ fn what_is_refused_unless_allowed() {
       = note: with one expert there is nothing to choose
     hint: add experts; `--allow one-expert` if it is meant
     ");
-    assert!(!verdict(one, &["one-expert"]).contains("error"));
+    assert!(verdict(one, &["one-expert"]).contains("\n\nwarning[one-expert]"));
+
+    let keywords =
+        SOUND.replace("What is the integral of x^2", "integral").replace("Prove that there are infinitely many primes.", "primes");
+    assert!(verdict(&keywords, &[]).contains("warning[keyword-prompts]"));
+    assert_eq!(verdict(&keywords, &["keyword-prompts"]), summary(&parsed(&keywords)));
 
     // Random gates are a start for training: copies are welcome, prompts are not looked at.
     let random = same_models.replace("gate_mode: hidden", "gate_mode: random");
@@ -870,13 +883,6 @@ fn what_is_warned_of() {
       = note: a gate is a mean over its prompts: one made from a few is noisy beside one made from many
     hint: give each expert about as many prompts
     ");
-}
-
-#[test]
-fn names_of_checks() {
-    assert_eq!("one-expert".parse::<Lint>().unwrap().name, "one-expert");
-    assert_snapshot!("identical-promts".parse::<Lint>().unwrap_err(), @"`identical-promts` is no check (did you mean `identical-prompts`?); those that can be allowed are `one-expert`, `identical-prompts`, `same-model-experts`, `twin-prompts`, `twin-experts`, `same-endings`, `circular-negatives`, `keyword-prompts`, `uneven-prompts`, `empty-prompts`, `unused-prompts`");
-    assert_snapshot!("no-experts".parse::<Lint>().unwrap_err(), @"`no-experts` cannot be allowed: there is nothing to make of such a recipe");
 }
 
 #[test]

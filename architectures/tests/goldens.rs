@@ -1,9 +1,7 @@
 //! The decoder against `transformers`: every family, rope kind, layout and window, in one call, in pieces, and among neighbours.
 
-mod support;
-
+use crate::support::{Case, Golden, assert_close, cosine, held, in_pieces, logits, root, run, values};
 use candle_core::{DType, Device, Tensor};
-use support::{Case, Golden, assert_close, cosine, held, in_pieces, logits, root, run, values};
 use upcycle_architectures::{
     decoder::{Decoder, Logits, NoProbe, Probe, Site, Step},
     detect,

@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 
+use rayon::prelude::*;
 use serde::Serialize;
 
 use crate::{gate::Gate, route::Routing};
@@ -60,9 +61,9 @@ impl Layer {
     }
 }
 
-/// Looks at every layer's gate. Cost: O(E² D) per layer.
+/// Looks at every layer's gate. Cost: O(E² (D + E)) per layer.
 pub fn diagnose(gates: &[Gate]) -> Vec<Layer> {
-    gates.iter().map(layer).collect()
+    gates.par_iter().map(layer).collect()
 }
 
 fn layer(gate: &Gate) -> Layer {
@@ -76,7 +77,7 @@ fn layer(gate: &Gate) -> Layer {
             pairs.push(Pair { a, b, cosine });
         }
     }
-    let singular = singular_values(rows);
+    let singular = singular_values(triangle(rows));
     // More rows than columns are dependent in any case; as usual, the condition number then is that of the min(E, D) singular values.
     let rank = gate.experts.min(gate.hidden);
     let (Some((largest, _)), Some((smallest, direction))) = (singular.first(), singular.get(rank.wrapping_sub(1))) else {
@@ -87,6 +88,26 @@ fn layer(gate: &Gate) -> Layer {
     let condition = largest / smallest;
     let condition = if condition.is_nan() { f64::INFINITY } else { condition };
     Layer { condition, pairs, dependent }
+}
+
+/// L of the decomposition L Q with orthonormal rows of Q (modified Gram-Schmidt): [E, E] with the singular values and left vectors of [E, D].
+fn triangle(rows: Vec<Vec<f64>>) -> Vec<Vec<f64>> {
+    let experts = rows.len();
+    let mut basis: Vec<Vec<f64>> = Vec::with_capacity(experts);
+    let reduce = |mut row: Vec<f64>| {
+        let mut reduced = Vec::with_capacity(experts);
+        for q in &basis {
+            let along = dot(&row, q);
+            row.iter_mut().zip(q).for_each(|(v, q)| *v -= along * q);
+            reduced.push(along);
+        }
+        let rest = dot(&row, &row).sqrt();
+        reduced.push(rest);
+        reduced.resize(experts, 0.0);
+        basis.push(row.into_iter().map(|v| if rest > 0.0 { v / rest } else { 0.0 }).collect());
+        reduced
+    };
+    rows.into_iter().map(reduce).collect()
 }
 
 /// Singular values of the matrix, largest first, each with its left singular vector: one-sided Jacobi (Hestenes 1958), which turns pairs of
@@ -335,7 +356,7 @@ mod tests {
         #[test]
         fn singular_values_keep_the_norm_and_the_directions(values in prop::collection::vec(-3f64..3.0, 20)) {
             let rows: Vec<Vec<f64>> = values.chunks(5).map(<[f64]>::to_vec).collect();
-            let singular = singular_values(rows.clone());
+            let singular = singular_values(triangle(rows.clone()));
             let squares: f64 = singular.iter().map(|(value, _)| value * value).sum();
             prop_assert!((squares - values.iter().map(|v| v * v).sum::<f64>()).abs() < 1e-9);
             for (value, direction) in &singular {

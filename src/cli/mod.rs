@@ -8,6 +8,7 @@ mod completions;
 mod compose;
 mod demo;
 mod doctor;
+mod generation;
 mod inspect;
 mod model;
 mod plan;

@@ -1,12 +1,12 @@
 //! What every command that takes a recipe does with it: read, open its models, plan, set the gates.
 
-use std::{path::Path, str::FromStr as _};
+use std::path::Path;
 
-use anyhow::Context as _;
+use clap::builder::{PossibleValue, PossibleValuesParser};
 use upcycle::{
     calibrate,
     plan::{self, Composite, Part, Plan, Sources},
-    recipe::{Lint, ModelRef, Recipe},
+    recipe::{self, ModelRef, Recipe},
     source::{self, OpenOptions, Source},
 };
 use upcycle_architectures::decoder::Decoder;
@@ -20,22 +20,27 @@ pub(crate) const NON_FINITE: &str = "non-finite-weights";
 #[derive(Debug, Clone, Default, clap::Args)]
 pub(crate) struct Options {
     /// Waive a check by its name (repeatable)
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", value_parser = lints())]
     pub(crate) allow: Vec<String>,
     /// Seed of everything drawn; overrides the recipe's
-    #[arg(long, value_name = "N", alias = "seed")]
+    #[arg(long, value_name = "N")]
     pub(crate) random_seed: Option<u64>,
 }
 
 /// Reads and checks the recipe; warnings go to stderr.
 pub(crate) fn read(path: &Path, options: &Options) -> anyhow::Result<Recipe> {
-    let elsewhere = |name: &&String| name.as_str() == NON_FINITE || plan::LINTS.iter().any(|(lint, _)| *lint == name.as_str());
-    let names = options.allow.iter().filter(|name| !elsewhere(name));
-    let allow = names.map(|name| Lint::from_str(name).with_context(|| format!("`--allow {name}`"))).collect::<anyhow::Result<Vec<_>>>()?;
-    let (mut recipe, warnings) = upcycle::recipe::read(path, &allow)?;
+    let (mut recipe, warnings) = recipe::read(path, &options.allow)?;
     warnings.iter().for_each(ui::problem);
     recipe.seed = options.random_seed.or(recipe.seed);
     Ok(recipe)
+}
+
+/// Every check that can be waived: of recipes, of models, of weights.
+fn lints() -> PossibleValuesParser {
+    let recipe = recipe::LINTS.iter().map(|lint| (lint.name, lint.about));
+    let weights = [(NON_FINITE, "weights that are NaN or infinite are written")];
+    let lints = recipe.chain(plan::LINTS.iter().copied()).chain(weights);
+    PossibleValuesParser::new(lints.map(|(name, about)| PossibleValue::new(name).help(about)))
 }
 
 /// Opens every model of the recipe, headers only. A path that is not there from the working directory is tried from the recipe's.

@@ -1,75 +1,41 @@
-//! What a well-formed recipe may still get wrong: one table, in mergekit-moe's order of checks, then ours.
+//! What a well-formed recipe may still get wrong.
 //!
 //! A lint looks at the recipe alone. Prompts are judged as text; what they do to the gates is measured where the gates are made.
 
-use std::{ops::Range, str::FromStr, sync::Arc};
+use std::{ops::Range, sync::Arc};
 
 use upcycle_routers::init::Needs;
 
 use super::{
     Expert, Problem, Recipe, Severity,
     problem::{File, Place},
-    schema::{self, Places},
+    schema::Places,
 };
 
-/// One check.
-#[derive(Debug, Clone, Copy)]
+/// A check that `--allow` waives.
+#[derive(Debug)]
 pub struct Lint {
     /// What `--allow` takes.
     pub name: &'static str,
+    /// Why it matters.
+    pub about: &'static str,
     /// What becomes of a recipe that it finds something in.
     pub level: Level,
-    /// Why that matters.
-    pub why: &'static str,
     /// What to do.
     pub hint: &'static str,
-    check: fn(&Recipe, &Places) -> Option<Finding>,
+    check: Check,
 }
 
 /// What becomes of a recipe that a lint finds something in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Level {
-    /// Refused: nothing could be made of it.
-    Error,
-    /// Refused unless allowed: something could be made of it, but nothing useful.
+    /// Refused, as something useless would be made of it; allowed, it is warned of.
     Refuse,
-    /// Warned of unless allowed.
+    /// Warned of; allowed, nothing is said.
     Warn,
 }
 
-/// Why a name cannot be allowed.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum LintError {
-    /// No lint of that name.
-    #[error("`{name}` is no check{}; those that can be allowed are {known}", .near.map(|near| format!(" (did you mean `{near}`?)")).unwrap_or_default())]
-    Unknown {
-        /// the name
-        name: String,
-        /// what it may have meant
-        near: Option<&'static str>,
-        /// every name that can be given
-        known: String,
-    },
-    /// One that nothing can be made without.
-    #[error("`{0}` cannot be allowed: there is nothing to make of such a recipe")]
-    Required(&'static str),
-}
-
-impl FromStr for Lint {
-    type Err = LintError;
-
-    fn from_str(name: &str) -> Result<Self, LintError> {
-        match LINTS.iter().find(|lint| lint.name == name) {
-            Some(Lint { level: Level::Error, name, .. }) => Err(LintError::Required(name)),
-            Some(lint) => Ok(*lint),
-            None => {
-                let known: Vec<_> = LINTS.iter().filter(|lint| lint.level != Level::Error).map(|lint| lint.name).collect();
-                let near = schema::nearest(name, known.iter().copied());
-                Err(LintError::Unknown { name: name.to_owned(), near, known: schema::list(&known) })
-            }
-        }
-    }
-}
+type Check = fn(&Recipe, &Places) -> Option<Finding>;
 
 /// What a lint found: a message and the places it is about, the first of them the one that counts.
 struct Finding {
@@ -77,135 +43,120 @@ struct Finding {
     places: Vec<(Range<usize>, String)>,
 }
 
-/// Every lint, in the order that they are checked.
+/// What nothing can be made without, in mergekit-moe's order: the check and what to do.
+const REQUIRED: &[(Check, &str)] = &[
+    (no_experts, "write one `- source_model: ...` per expert below `experts`"),
+    (too_few_experts, "add experts, or lower `experts_per_token` (2 if not given)"),
+    (many_shared_experts, "keep one, and make the others experts"),
+    (missing_prompts, "give it `positive_prompts` or a `prompts_file`, or set `gate_mode: random` and train the gates"),
+];
+
+/// Every lint, in the order that they are checked: first what mergekit-moe refuses, in its order, then ours.
 pub const LINTS: &[Lint] = &[
     Lint {
-        name: "no-experts",
-        level: Level::Error,
-        why: "a composite without experts is the base",
-        hint: "write one `- source_model: ...` per expert below `experts`",
-        check: no_experts,
-    },
-    Lint {
-        name: "too-few-experts",
-        level: Level::Error,
-        why: "a token cannot choose more experts than there are",
-        hint: "add experts, or lower `experts_per_token` (2 if not given)",
-        check: too_few_experts,
-    },
-    Lint {
-        name: "many-shared-experts",
-        level: Level::Error,
-        why: "no architecture that others load has more than one",
-        hint: "keep one, and make the others experts",
-        check: many_shared_experts,
-    },
-    Lint {
-        name: "missing-prompts",
-        level: Level::Error,
-        why: "the gate of an expert is made from its prompts",
-        hint: "give it `positive_prompts` or a `prompts_file`, or set `gate_mode: random` and train the gates",
-        check: missing_prompts,
-    },
-    Lint {
         name: "one-expert",
+        about: "with one expert there is nothing to choose",
         level: Level::Refuse,
-        why: "with one expert there is nothing to choose",
         hint: "add experts",
         check: one_expert,
     },
     Lint {
         name: "identical-prompts",
+        about: "equal prompts give equal gates: every token would go to the first experts",
         level: Level::Refuse,
-        why: "equal prompts give equal gates: every token would go to the first experts",
         hint: "give each expert prompts of what it is good at",
         check: identical_prompts,
     },
     Lint {
         name: "same-model-experts",
+        about: "copies of one model compute what that model computes, at several times its size",
         level: Level::Refuse,
-        why: "copies of one model compute what that model computes, at several times its size",
         hint: "name different fine-tunes; copies are useful only as a start for training",
         check: same_model_experts,
     },
     Lint {
         name: "twin-prompts",
+        about: "equal prompts give equal gates, and of equal gates the first expert wins",
         level: Level::Warn,
-        why: "equal prompts give equal gates, and of equal gates the first expert wins",
         hint: "give each expert prompts of its own",
         check: twin_prompts,
     },
     Lint {
         name: "twin-experts",
+        about: "the second copy takes memory and adds nothing",
         level: Level::Warn,
-        why: "the second copy takes memory and adds nothing",
         hint: "keep one of them, with the prompts of both",
         check: twin_experts,
     },
     Lint {
         name: "same-endings",
+        about: "`hidden` looks at the last token of each prompt, and the gate of the first layer sees nothing else",
         level: Level::Warn,
-        why: "`hidden` looks at the last token of each prompt, and the gate of the first layer sees nothing else",
         hint: "end the prompts of different experts differently, or set `gate_mode: hidden_avg`",
         check: same_endings,
     },
     Lint {
         name: "circular-negatives",
+        about: "gates of which each is a sum of the others cannot be told apart well: they have one dimension too few",
         level: Level::Warn,
-        why: "gates of which each is a sum of the others cannot be told apart well: they have one dimension too few",
         hint: "leave `negative_prompts` out, or write some that are no other expert's prompts",
         check: circular_negatives,
     },
     Lint {
         name: "keyword-prompts",
+        about: "gates made from single words come out nearly parallel; whole requests tell experts apart",
         level: Level::Warn,
-        why: "gates made from single words come out nearly parallel; whole requests tell experts apart",
         hint: "write whole requests, 16 to 64 per expert; `prompts_file` takes them from a file",
         check: keyword_prompts,
     },
     Lint {
         name: "uneven-prompts",
+        about: "a gate is a mean over its prompts: one made from a few is noisy beside one made from many",
         level: Level::Warn,
-        why: "a gate is a mean over its prompts: one made from a few is noisy beside one made from many",
         hint: "give each expert about as many prompts",
         check: uneven_prompts,
     },
     Lint {
         name: "empty-prompts",
+        about: "an empty prompt is the start token alone and says nothing about the expert",
         level: Level::Warn,
-        why: "an empty prompt is the start token alone and says nothing about the expert",
         hint: "remove it, or write what the expert is good at",
         check: empty_prompts,
     },
     Lint {
         name: "unused-prompts",
+        about: "the prompts change nothing",
         level: Level::Warn,
-        why: "the prompts change nothing",
         hint: "remove the prompts, or set `gate_mode: hidden` to use them",
         check: unused_prompts,
     },
 ];
 
-/// What the lints find in a recipe, less what is allowed.
-pub(super) fn check(recipe: &Recipe, places: &Places, allow: &[Lint], file: &Arc<File>) -> Vec<Problem> {
-    let allowed = |lint: &&Lint| !allow.iter().any(|allowed| allowed.name == lint.name);
-    let problem = |lint: &Lint| {
-        let finding = (lint.check)(recipe, places)?;
-        let hint = match lint.level {
-            Level::Refuse => format!("{}; `--allow {}` if it is meant", lint.hint, lint.name),
-            Level::Error | Level::Warn => lint.hint.to_owned(),
-        };
-        Some(Problem {
-            severity: if lint.level == Level::Warn { Severity::Warning } else { Severity::Error },
-            lint: Some(lint.name),
-            message: finding.message,
-            why: Some(lint.why),
-            hint: Some(hint),
-            places: finding.places.into_iter().map(|(span, label)| Place { span, label }).collect(),
-            file: Arc::clone(file),
-        })
+/// What is wrong with a recipe, and what is doubtful unless it is allowed.
+pub(super) fn check(recipe: &Recipe, places: &Places, allow: &[String], file: &Arc<File>) -> Vec<Problem> {
+    let problem = |finding: Finding, severity, lint: Option<&Lint>, hint: String| Problem {
+        severity,
+        lint: lint.map(|lint| lint.name),
+        message: finding.message,
+        about: lint.map(|lint| lint.about),
+        hint: Some(hint),
+        places: finding.places.into_iter().map(|(span, label)| Place { span, label }).collect(),
+        file: Arc::clone(file),
     };
-    LINTS.iter().filter(allowed).filter_map(problem).collect()
+    let required = REQUIRED.iter().filter_map(|(check, hint)| {
+        let finding = check(recipe, places)?;
+        Some(problem(finding, Severity::Error, None, (*hint).to_owned()))
+    });
+    let lints = LINTS.iter().filter_map(|lint| {
+        let allowed = allow.iter().any(|name| name == lint.name);
+        let (severity, hint) = match (lint.level, allowed) {
+            (Level::Warn, true) => return None,
+            (Level::Refuse, false) => (Severity::Error, format!("{}; `--allow {}` if it is meant", lint.hint, lint.name)),
+            (Level::Refuse, true) | (Level::Warn, false) => (Severity::Warning, lint.hint.to_owned()),
+        };
+        Some(problem((lint.check)(recipe, places)?, severity, Some(lint), hint))
+    });
+    required.chain(lints).collect()
 }
 
 fn no_experts(recipe: &Recipe, places: &Places) -> Option<Finding> {

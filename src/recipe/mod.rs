@@ -17,7 +17,7 @@ use upcycle_architectures::Dtype;
 use upcycle_routers::init::{Method, Needs};
 
 pub use self::{
-    lints::{LINTS, Level, Lint, LintError},
+    lints::{LINTS, Level, Lint},
     model_ref::{ModelRef, ModelRefError},
     problem::{Problem, Severity},
 };
@@ -109,13 +109,13 @@ pub enum RecipeError {
     Invalid(Vec<Problem>),
 }
 
-/// Reads and checks a recipe; what it warns of comes with it. `allow` waives lints.
-pub fn read(file: &Path, allow: &[Lint]) -> Result<(Recipe, Vec<Problem>), RecipeError> {
+/// Reads and checks a recipe; what it warns of comes with it. `allow` names the lints that are waived.
+pub fn read(file: &Path, allow: &[String]) -> Result<(Recipe, Vec<Problem>), RecipeError> {
     parse(&fs_err::read_to_string(file)?, file, allow)
 }
 
 /// The same from text. `file` is shown in messages, and `prompts_file` paths are relative to its directory.
-pub fn parse(text: &str, file: &Path, allow: &[Lint]) -> Result<(Recipe, Vec<Problem>), RecipeError> {
+pub fn parse(text: &str, file: &Path, allow: &[String]) -> Result<(Recipe, Vec<Problem>), RecipeError> {
     let mut reader = schema::Reader::new(text, file);
     let failed = |problems: &[Problem]| problems.iter().any(|problem| problem.severity == Severity::Error);
     match reader.recipe() {

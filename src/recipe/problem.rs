@@ -29,8 +29,8 @@ pub struct Problem {
     pub lint: Option<&'static str>,
     /// One line.
     pub message: String,
-    /// Why that matters.
-    pub why: Option<&'static str>,
+    /// Why it matters.
+    pub about: Option<&'static str>,
     /// What to do about it.
     pub hint: Option<String>,
     pub(super) places: Vec<Place>,
@@ -77,8 +77,8 @@ impl Problem {
             Some(lint) => title.id(lint),
             None => title,
         };
-        let why = self.why.map(|why| Level::NOTE.message(why));
-        let mut report = vec![title.element(snippet).elements(why)];
+        let about = self.about.map(|about| Level::NOTE.message(about));
+        let mut report = vec![title.element(snippet).elements(about)];
         if let Some(hint) = &self.hint {
             report.push(Group::with_title(Level::HELP.with_name("hint").secondary_title(hint.as_str())));
         }

@@ -46,7 +46,7 @@ const RECIPE: Schema = Schema {
     ],
     renamed: &[("num_experts_per_tok", "experts_per_token"), ("tokenizer_source", "tokenizer"), ("out_dtype", "dtype")],
     ignored: &[
-        ("merge_method", "experts are not merged: each keeps its own MLPs"),
+        ("merge_method", "experts are not merged, each keeps its own MLPs"),
         ("parameters", "merge methods take parameters, experts do not"),
         ("name", "a composite is named by the folder that it is written to"),
     ],
@@ -455,7 +455,7 @@ impl<'t> Reader<'t> {
 
     fn push(&mut self, severity: Severity, span: &Range<usize>, message: String, hint: Option<String>) {
         let places = vec![Place { span: span.clone(), label: String::new() }];
-        self.problems.push(Problem { severity, lint: None, message, why: None, hint, places, file: Arc::clone(&self.file) });
+        self.problems.push(Problem { severity, lint: None, message, about: None, hint, places, file: Arc::clone(&self.file) });
     }
 }
 
@@ -473,7 +473,7 @@ fn found(node: &Node, what: &str) -> String {
 }
 
 /// The candidate that a misspelt word most likely means.
-pub(super) fn nearest<'c>(word: &str, candidates: impl IntoIterator<Item = &'c str>) -> Option<&'c str> {
+fn nearest<'c>(word: &str, candidates: impl IntoIterator<Item = &'c str>) -> Option<&'c str> {
     let word = word.to_lowercase();
     candidates
         .into_iter()
@@ -484,7 +484,7 @@ pub(super) fn nearest<'c>(word: &str, candidates: impl IntoIterator<Item = &'c s
 }
 
 /// "`a`, `b`, `c`".
-pub(super) fn list(words: &[&str]) -> String {
+fn list(words: &[&str]) -> String {
     words.iter().map(|word| format!("`{word}`")).collect::<Vec<_>>().join(", ")
 }
 

@@ -1,5 +1,7 @@
 //! What several test modules need: tiny models made by code, temporary directories, transcripts of the command line.
 
+pub mod cli;
+pub mod engines;
 #[cfg(feature = "hub")]
 pub mod hub;
 pub mod models;

@@ -49,6 +49,11 @@ impl Attention {
         Tensor::cat(&outputs, 0)
     }
 
+    /// What tokens that attend to nothing get, for x [N, D]: zeros [N, H hd].
+    pub fn nothing(&self, x: &Tensor) -> Result<Tensor> {
+        Tensor::zeros((x.dim(0)?, self.heads * self.head_dim), x.dtype(), x.device())
+    }
+
     /// q [H, T, hd] at positions `first..`, keys and values [KV, S, hd] at positions `0..` -> [T, H hd]
     fn attend(&self, q: &Tensor, keys: &Tensor, values: &Tensor, first: usize) -> Result<Tensor> {
         let (kv, hd, group) = (self.kv_heads, self.head_dim, self.heads / self.kv_heads);

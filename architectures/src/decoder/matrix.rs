@@ -215,7 +215,7 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 #[derive(Debug, Clone)]
 pub(super) struct Linear {
     pub weight: Matrix,
-    /// [out]
+    /// `[out]`
     pub bias: Option<Tensor>,
 }
 
@@ -227,5 +227,73 @@ impl Linear {
             Some(bias) => y.broadcast_add(bias),
             None => Ok(y),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::weights::TensorInfo;
+
+    /// Values that a bf16 and an f16 hold exactly.
+    fn numbers(len: usize) -> Vec<f32> {
+        (0..len).map(|i| ((i * 7919 + i / 13) % 97) as f32 / 32.0 - 1.5).collect()
+    }
+
+    /// The matrix of these values, stored as `stored` one byte off its alignment.
+    fn mapped(values: &[f32], shape: [usize; 2], stored: Dtype, dtype: DType) -> Mapped {
+        let aligned = View::from_f32(values, stored, shape.to_vec()).unwrap();
+        let shifted = Bytes::from([&[0][..], &aligned.data].concat()).slice(1..);
+        Mapped::new(&View { info: TensorInfo { dtype: stored, shape: shape.to_vec() }, data: shifted }, dtype).unwrap()
+    }
+
+    #[test]
+    fn products_of_every_type_and_size() {
+        for (out, inner) in [(1, 1), (3, 15), (5, 16), (2, 1023), (3, 1024), (2, 1041), (70, 2100)] {
+            let (w, x) = (numbers(out * inner), numbers(9 * inner + 5)[5..].to_vec());
+            let expected: Vec<f32> =
+                x.chunks(inner).flat_map(|x| w.chunks(inner).map(|w| x.iter().zip(w).map(|(x, w)| x * w).sum())).collect();
+            let x = Tensor::from_vec(x, (9, inner), &Device::Cpu).unwrap();
+            for stored in [Dtype::F32, Dtype::Bf16, Dtype::F16, Dtype::F64] {
+                for dtype in [DType::F32, DType::BF16, DType::F16] {
+                    let matrix = mapped(&w, [out, inner], stored, dtype);
+                    for rows in [1, 2, 8, 9] {
+                        let y = Matrix::Mapped(matrix.clone()).times(&x.narrow(0, 0, rows).unwrap()).unwrap();
+                        assert_eq!(y.dims(), [rows, out]);
+                        for (y, expected) in y.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().zip(&expected) {
+                            assert!((y - expected).abs() <= 1e-5 * inner as f32, "{out}x{inner} {stored:?} in {dtype:?}: {y} {expected}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn neighbours_do_not_change_a_row() {
+        let matrix = Matrix::Mapped(mapped(&numbers(70 * 2100), [70, 2100], Dtype::Bf16, DType::BF16));
+        let x = Tensor::from_vec(numbers(8 * 2100), (8, 2100), &Device::Cpu).unwrap();
+        let together = matrix.times(&x).unwrap().to_vec2::<f32>().unwrap();
+        for (row, together) in together.iter().enumerate() {
+            let alone = matrix.times(&x.narrow(0, row, 1).unwrap()).unwrap().to_vec2::<f32>().unwrap();
+            assert_eq!(&alone[0], together);
+        }
+    }
+
+    #[test]
+    fn exact_types_are_not_copied() {
+        let view = View::from_f32(&numbers(6), Dtype::Bf16, vec![2, 3]).unwrap();
+        for dtype in [DType::BF16, DType::F32] {
+            assert_eq!(Mapped::new(&view, dtype).unwrap().data.as_ptr(), view.data.as_ptr());
+        }
+        assert_ne!(Mapped::new(&view, DType::F16).unwrap().data.as_ptr(), view.data.as_ptr());
+    }
+
+    #[test]
+    fn gathers_rows() {
+        let values = numbers(3 * 1030);
+        let rows = Matrix::Mapped(mapped(&values, [3, 1030], Dtype::F16, DType::F16)).gather(&[2, 0, 2]).unwrap().to_vec2::<f32>().unwrap();
+        let row = |i: usize| &values[i * 1030..(i + 1) * 1030];
+        assert_eq!([&rows[0][..], &rows[1], &rows[2]], [row(2), row(0), row(2)]);
     }
 }

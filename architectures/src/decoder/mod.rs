@@ -2,6 +2,10 @@
 //!
 //! Sequences of any length run together: their tokens are laid end to end as rows [N, D] (N = all new tokens of all sequences), so that
 //! linear layers and experts see one matrix; only attention looks at each sequence by itself.
+//!
+//! A sequence's results do not depend on its neighbours, nor on how it is cut into calls (two rope kinds apart: see `rope.rs`), to rounding.
+//! On the CPU, a neighbour changes not even the last bit unless it carries a call, or an expert's share of one, over the border between few
+//! rows and many: the two are multiplied in ways that sum in different orders (see `matrix.rs`; seen with candle's default gemm).
 
 mod attention;
 mod cache;
@@ -66,7 +70,8 @@ pub trait Probe {
     /// Sees, and may change, the routing of a sparse layer; `logits` is row-major [N, E].
     fn route(&mut self, _layer: usize, _logits: &[f32], _routing: &mut Routing) {}
 
-    /// Returns false to leave attention out of this layer, as if every token attended to nothing (its output is zero, before the o projection).
+    /// Returns false to leave attention out of this layer, as if every token attended to nothing: what o sees is zero. The call then leaves no
+    /// token in the caches.
     fn attends(&self, _layer: usize) -> bool {
         true
     }
@@ -240,12 +245,15 @@ impl Decoder {
         let spans: Vec<_> = steps.iter().map(|step| (step.cache.len(), step.tokens.len())).collect();
         let rope = Table::new(&self.config.rope, self.config.head_dim, &spans, &self.device)?;
 
+        let mut remembered = true;
         let mut x = self.embedding.gather(&tokens)?; // [N, D]
         for (l, layer) in self.layers.iter().enumerate() {
             look(probe, Site::LayerInput, l, &x)?;
             let normed = layer.input_norm.forward(&x)?;
             look(probe, Site::AttentionInput, l, &normed)?;
-            let mixed = layer.attention.forward(&normed, &rope, l, steps)?; // [N, H hd]
+            let attends = probe.attends(l);
+            remembered &= attends;
+            let mixed = if attends { layer.attention.forward(&normed, &rope, l, steps)? } else { layer.attention.nothing(&normed)? }; // [N, H hd]
             look(probe, Site::AttentionOutput, l, &mixed)?;
             x = (x + layer.attention.o.forward(&mixed)?)?;
             look(probe, Site::AfterAttention, l, &x)?;
@@ -272,7 +280,7 @@ impl Decoder {
             let x = if wanted.len() == tokens.len() { x } else { x.index_select(&Tensor::new(wanted, &self.device)?, 0)? };
             self.head.times(&self.final_norm.forward(&x)?)?.to_dtype(DType::F32)?
         };
-        for step in steps {
+        for step in steps.iter_mut().filter(|_| remembered) {
             step.cache.advance(step.tokens.len());
         }
         Ok(logits)
@@ -297,4 +305,64 @@ fn wanted_rows(steps: &[Step<'_>]) -> Vec<u32> {
         start = end;
     }
     wanted
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::weights::{Dtype, TensorInfo, View};
+
+    /// Weights of a model, each made when it is read.
+    struct Made(Vec<(String, Vec<usize>)>);
+
+    impl Weights for Made {
+        fn names(&self) -> Vec<String> {
+            self.0.iter().map(|(name, _)| name.clone()).collect()
+        }
+
+        fn info(&self, name: &str) -> Option<TensorInfo> {
+            let (_, shape) = self.0.iter().find(|(own, _)| own == name)?;
+            Some(TensorInfo { dtype: Dtype::Bf16, shape: shape.clone() })
+        }
+
+        fn read(&self, name: &str) -> std::result::Result<View, WeightsError> {
+            let info = self.info(name).ok_or_else(|| WeightsError::Missing { tensor: name.to_owned() })?;
+            let (center, seed) = (if name.contains("norm") { 1.0 } else { 0.0 }, name.bytes().map(usize::from).sum::<usize>());
+            let values: Vec<f32> = (0..info.elements()).map(|i| center + ((seed + 1) as f32 * (i + 1) as f32 * 0.7).sin() * 0.4).collect();
+            View::from_f32(&values, info.dtype, info.shape)
+        }
+    }
+
+    /// The ways to hold weights and activations give the same answers: what a device does, done on the CPU.
+    #[test]
+    fn placements_agree() {
+        let (family, config) = crate::detect(&json!({
+            "model_type": "qwen2_moe", "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "vocab_size": 50, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 16, "mlp_only_layers": [1], "use_sliding_window": true, "sliding_window": 5,
+        }))
+        .unwrap();
+        let made = Made(family.tensors(&config).into_iter().map(|(role, shape)| (family.name(role).unwrap(), shape)).collect());
+        let tokens: Vec<u32> = (0..12).map(|i| i * 11 % 50).collect();
+        let logits = |decoder: &Decoder| {
+            let mut cache = decoder.cache();
+            let mut all = Vec::new();
+            for tokens in [&tokens[..9], &tokens[9..11], &tokens[11..]] {
+                let logits = decoder.forward(&mut [Step { tokens, cache: &mut cache, logits: Logits::All }], &mut NoProbe).unwrap();
+                assert_eq!(logits.dtype(), DType::F32);
+                all.extend(logits.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+            }
+            all
+        };
+        let reference = logits(&Decoder::load(family, &config, &made, DType::F32, &Device::Cpu).unwrap());
+        for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F16, 2e-2), (DType::BF16, 1e-1)] {
+            let placement = Placement { device: Device::Cpu, weights: dtype, activations: dtype, mapped: false };
+            let held = logits(&Decoder::load_at(family, &config, &made, &placement).unwrap());
+            let difference = held.iter().zip(&reference).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            let largest = reference.iter().fold(0.0, |largest: f32, x| largest.max(x.abs()));
+            assert!(difference <= tolerance * largest, "{dtype:?}: {difference} of {largest}");
+        }
+    }
 }

@@ -1,0 +1,405 @@
+//! OpenAI's schema: what a request may say, and what answers look like. Fields that we do not know are ignored; fields that would change
+//! the answer and that we cannot honour are refused.
+
+use std::collections::BTreeMap;
+
+use axum::http::StatusCode;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::error::ApiError;
+use crate::engine::{Finish, FinishReason, Sampling};
+
+/// Tokens of a plain completion whose request does not say.
+const DEFAULT_COMPLETION_TOKENS: usize = 16;
+
+/// Choices of one request at most.
+const MAX_CHOICES: usize = 64;
+
+/// The two ways to ask for text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// `/v1/chat/completions`
+    Chat,
+    /// `/v1/completions`
+    Text,
+}
+
+/// The body of either request.
+#[derive(Debug, Deserialize)]
+pub(super) struct Body {
+    pub(super) model: Option<String>,
+    messages: Option<Vec<Value>>,
+    prompt: Option<Value>,
+    stream: Option<bool>,
+    stream_options: Option<StreamOptions>,
+    n: Option<usize>,
+    stop: Option<Value>,
+    max_tokens: Option<usize>,
+    max_completion_tokens: Option<usize>,
+    temperature: Option<f32>,
+    top_p: Option<f32>,
+    top_k: Option<i64>,
+    min_p: Option<f32>,
+    #[serde(alias = "repeat_penalty")]
+    repetition_penalty: Option<f32>,
+    presence_penalty: Option<f32>,
+    frequency_penalty: Option<f32>,
+    logit_bias: Option<BTreeMap<String, f32>>,
+    seed: Option<i64>,
+    chat_template_kwargs: Option<Map<String, Value>>,
+    logprobs: Option<Value>,
+    echo: Option<Value>,
+    suffix: Option<Value>,
+    best_of: Option<usize>,
+    tools: Option<Value>,
+    functions: Option<Value>,
+    response_format: Option<Value>,
+}
+
+#[derive(Debug, Deserialize)]
+struct StreamOptions {
+    include_usage: Option<bool>,
+}
+
+/// Text to go on from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Prompt {
+    Text(String),
+    Tokens(Vec<u32>),
+}
+
+impl Body {
+    /// Parses a body; the error says which field is wrong.
+    pub(super) fn parse(bytes: &[u8]) -> Result<Self, ApiError> {
+        let mut json = serde_json::Deserializer::from_slice(bytes);
+        serde_path_to_error::deserialize(&mut json).map_err(|error| match error.path().iter().next() {
+            Some(_) if error.inner().is_data() => ApiError::invalid(error.path().to_string(), format!("the request is not valid: {error}")),
+            _ => ApiError::new(StatusCode::BAD_REQUEST, format!("the request is not valid JSON: {}", error.inner())),
+        })
+    }
+
+    /// Refuses what would change the answer and cannot be done.
+    pub(super) fn refuse_unsupported(&self) -> Result<(), ApiError> {
+        let plain_text = |format: &Value| format["type"] == "text";
+        let asked = |value: &Value| !matches!(value, Value::Null | Value::Bool(false)) && *value != json!([]) && *value != json!("");
+        let fields = [
+            ("logprobs", &self.logprobs),
+            ("echo", &self.echo),
+            ("suffix", &self.suffix),
+            ("tools", &self.tools),
+            ("functions", &self.functions),
+            ("response_format", &self.response_format),
+        ];
+        for (name, value) in fields {
+            if value.as_ref().is_some_and(|value| asked(value) && !(name == "response_format" && plain_text(value))) {
+                return Err(ApiError::invalid(name, format!("`{name}` is not supported")).code("unsupported_parameter"));
+            }
+        }
+        if self.best_of.is_some_and(|best_of| best_of > self.choices()) {
+            return Err(ApiError::invalid("best_of", "`best_of` greater than `n` is not supported").code("unsupported_parameter"));
+        }
+        Ok(())
+    }
+
+    pub(super) fn streams(&self) -> bool {
+        self.stream.unwrap_or(false)
+    }
+
+    /// Whether a stream ends with the counts of tokens.
+    pub(super) fn wants_usage(&self) -> bool {
+        self.stream_options.as_ref().and_then(|options| options.include_usage).unwrap_or(false)
+    }
+
+    fn choices(&self) -> usize {
+        self.n.unwrap_or(1)
+    }
+
+    /// The number of answers to each prompt.
+    pub(super) fn n(&self) -> Result<usize, ApiError> {
+        let n = self.choices();
+        if (1..=MAX_CHOICES).contains(&n) { Ok(n) } else { Err(ApiError::invalid("n", format!("`n` is {n}, expected 1 to {MAX_CHOICES}"))) }
+    }
+
+    /// The recommended sampling with what the request changes.
+    pub(super) fn sampling(&self, recommended: &Sampling) -> Result<Sampling, ApiError> {
+        let r = recommended.clone();
+        let mut logit_bias = Vec::new();
+        for (token, &bias) in self.logit_bias.iter().flatten() {
+            let id = token.parse().map_err(|_| ApiError::invalid("logit_bias", format!("`logit_bias`: `{token}` is not a token id")))?;
+            logit_bias.push((id, bias));
+        }
+        Ok(Sampling {
+            temperature: self.temperature.unwrap_or(r.temperature),
+            top_p: self.top_p.unwrap_or(r.top_p),
+            // Other servers write "all" as -1.
+            top_k: self.top_k.map_or(r.top_k, |k| usize::try_from(k).unwrap_or(0)),
+            min_p: self.min_p.unwrap_or(r.min_p),
+            repetition_penalty: self.repetition_penalty.unwrap_or(r.repetition_penalty),
+            presence_penalty: self.presence_penalty.unwrap_or(r.presence_penalty),
+            frequency_penalty: self.frequency_penalty.unwrap_or(r.frequency_penalty),
+            logit_bias,
+            seed: self.seed.map(i64::cast_unsigned).or(r.seed),
+        })
+    }
+
+    pub(super) fn max_tokens(&self, kind: Kind) -> Option<usize> {
+        let default = if kind == Kind::Text { Some(DEFAULT_COMPLETION_TOKENS) } else { None };
+        self.max_completion_tokens.or(self.max_tokens).or(default)
+    }
+
+    /// `stop`: a string or a list of them.
+    pub(super) fn stop(&self) -> Result<Vec<String>, ApiError> {
+        let invalid = || ApiError::invalid("stop", "`stop` must be a string or a list of strings");
+        match &self.stop {
+            None | Some(Value::Null) => Ok(Vec::new()),
+            Some(Value::String(stop)) => Ok(vec![stop.clone()]),
+            Some(Value::Array(all)) => all.iter().map(|stop| stop.as_str().map(str::to_owned).ok_or_else(invalid)).collect(),
+            Some(_) => Err(invalid()),
+        }
+    }
+
+    /// `prompt`: a string, a list of them, a list of tokens, or a list of those.
+    pub(super) fn prompts(&self) -> Result<Vec<Prompt>, ApiError> {
+        let invalid = || ApiError::invalid("prompt", "`prompt` must be a string, a list of strings, or one or several lists of token ids");
+        let token = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+        let one = |value: &Value| match value {
+            Value::String(text) => Some(Prompt::Text(text.clone())),
+            Value::Array(ids) => ids.iter().map(token).collect::<Option<_>>().map(Prompt::Tokens),
+            _ => None,
+        };
+        match &self.prompt {
+            Some(tokens @ Value::Array(all)) if all.first().is_some_and(Value::is_number) => Ok(vec![one(tokens).ok_or_else(invalid)?]),
+            Some(Value::Array(all)) if !all.is_empty() => all.iter().map(|prompt| one(prompt).ok_or_else(invalid)).collect(),
+            Some(text @ Value::String(_)) => Ok(vec![one(text).ok_or_else(invalid)?]),
+            _ => Err(invalid()),
+        }
+    }
+
+    /// `messages` as templates expect them: content is text, and the developer speaks as the system.
+    pub(super) fn messages(&self) -> Result<Vec<Value>, ApiError> {
+        let all = self.messages.as_ref().filter(|all| !all.is_empty());
+        let all = all.ok_or_else(|| ApiError::invalid("messages", "`messages` must be a list of at least one message"))?;
+        all.iter().enumerate().map(|(i, message)| self::message(i, message)).collect()
+    }
+
+    /// Further variables of the template.
+    pub(super) fn template_variables(&self) -> Map<String, Value> {
+        self.chat_template_kwargs.clone().unwrap_or_default()
+    }
+}
+
+fn message(i: usize, message: &Value) -> Result<Value, ApiError> {
+    let invalid = |what: &str, expected: &str| {
+        let param = format!("messages[{i}]{what}");
+        let message = format!("`{param}` must be {expected}");
+        ApiError::invalid(param, message)
+    };
+    let mut message = message.as_object().ok_or_else(|| invalid("", "an object with `role` and `content`"))?.clone();
+    let role = message.get("role").and_then(Value::as_str).ok_or_else(|| invalid(".role", "a string"))?;
+    if role == "developer" {
+        message.insert("role".into(), "system".into());
+    }
+    let content = match message.get("content") {
+        None | Some(Value::Null) => String::new(),
+        Some(Value::String(text)) => text.clone(),
+        Some(Value::Array(parts)) => {
+            let text = |part: &Value| (part["type"] == "text").then(|| part["text"].as_str().map(str::to_owned)).flatten();
+            let texts: Option<Vec<String>> = parts.iter().map(text).collect();
+            texts.ok_or_else(|| invalid(".content", "text: other parts (images, audio, files) are not supported"))?.join("\n")
+        }
+        Some(_) => return Err(invalid(".content", "a string or a list of text parts")),
+    };
+    message.insert("content".into(), content.into());
+    Ok(Value::Object(message))
+}
+
+/// Counts of tokens.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+#[expect(clippy::struct_field_names, reason = "OpenAI's names")]
+pub(super) struct Usage {
+    prompt_tokens: usize,
+    completion_tokens: usize,
+    total_tokens: usize,
+}
+
+impl Usage {
+    /// Adds one choice. Its prompt counts once for all its choices: for the first of `n`.
+    pub(super) fn add(&mut self, choice: usize, n: usize, finish: &Finish) {
+        if choice.is_multiple_of(n) {
+            self.prompt_tokens += finish.prompt_tokens;
+        }
+        self.completion_tokens += finish.completion_tokens;
+        self.total_tokens = self.prompt_tokens + self.completion_tokens;
+    }
+}
+
+/// What all parts of one answer share.
+#[derive(Debug, Clone)]
+pub(super) struct Envelope {
+    pub(super) kind: Kind,
+    pub(super) id: String,
+    pub(super) created: u64,
+    pub(super) model: String,
+}
+
+impl Envelope {
+    /// The whole answer.
+    pub(super) fn answer(&self, choices: &[(String, FinishReason)], usage: Usage) -> Value {
+        let choice = |(index, (text, reason)): (usize, &(String, FinishReason))| match self.kind {
+            Kind::Chat => json!({
+                "index": index, "message": {"role": "assistant", "content": text, "refusal": null}, "logprobs": null,
+                "finish_reason": self::reason(*reason),
+            }),
+            Kind::Text => json!({"index": index, "text": text, "logprobs": null, "finish_reason": self::reason(*reason)}),
+        };
+        let object = if self.kind == Kind::Chat { "chat.completion" } else { "text_completion" };
+        let mut answer = self.object(object, &choices.iter().enumerate().map(choice).collect::<Vec<_>>());
+        answer["usage"] = json!(usage);
+        answer
+    }
+
+    /// The chunk that opens a choice, if there is one.
+    pub(super) fn opening(&self, index: usize) -> Option<Value> {
+        let delta = json!({"role": "assistant", "content": "", "refusal": null});
+        (self.kind == Kind::Chat).then(|| self.chunk(&[json!({"index": index, "delta": delta, "logprobs": null, "finish_reason": null})]))
+    }
+
+    /// A chunk with text.
+    pub(super) fn text(&self, index: usize, text: &str) -> Value {
+        self.chunk(&[match self.kind {
+            Kind::Chat => json!({"index": index, "delta": {"content": text}, "logprobs": null, "finish_reason": null}),
+            Kind::Text => json!({"index": index, "text": text, "logprobs": null, "finish_reason": null}),
+        }])
+    }
+
+    /// The chunk that closes a choice.
+    pub(super) fn closing(&self, index: usize, reason: FinishReason) -> Value {
+        let reason = self::reason(reason);
+        self.chunk(&[match self.kind {
+            Kind::Chat => json!({"index": index, "delta": {}, "logprobs": null, "finish_reason": reason}),
+            Kind::Text => json!({"index": index, "text": "", "logprobs": null, "finish_reason": reason}),
+        }])
+    }
+
+    /// The chunk with the counts.
+    pub(super) fn usage(&self, usage: Usage) -> Value {
+        let mut chunk = self.chunk(&[]);
+        chunk["usage"] = json!(usage);
+        chunk
+    }
+
+    fn chunk(&self, choices: &[Value]) -> Value {
+        self.object(if self.kind == Kind::Chat { "chat.completion.chunk" } else { "text_completion" }, choices)
+    }
+
+    fn object(&self, object: &str, choices: &[Value]) -> Value {
+        json!({
+            "id": self.id, "object": object, "created": self.created, "model": self.model,
+            "system_fingerprint": concat!("upcycle-", env!("CARGO_PKG_VERSION")), "choices": choices,
+        })
+    }
+}
+
+fn reason(reason: FinishReason) -> &'static str {
+    match reason {
+        FinishReason::Stop => "stop",
+        FinishReason::Length => "length",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn body(json: &Value) -> Body {
+        Body::parse(json.to_string().as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn unknown_fields_and_nulls_are_ignored() {
+        let body = body(
+            &json!({"prompt": "a", "user": "me", "stream": null, "tools": [], "logprobs": false, "response_format": {"type": "text"}}),
+        );
+        body.refuse_unsupported().unwrap();
+        assert!(!body.streams());
+        assert_eq!(body.max_tokens(Kind::Text), Some(16));
+        assert_eq!(body.max_tokens(Kind::Chat), None);
+    }
+
+    #[test]
+    fn prompts_come_in_four_shapes() {
+        let prompts = |prompt: Value| body(&json!({"prompt": prompt})).prompts();
+        assert_eq!(prompts(json!("a")).unwrap(), [Prompt::Text("a".into())]);
+        assert_eq!(prompts(json!(["a", "b"])).unwrap(), [Prompt::Text("a".into()), Prompt::Text("b".into())]);
+        assert_eq!(prompts(json!([1, 2])).unwrap(), [Prompt::Tokens(vec![1, 2])]);
+        assert_eq!(prompts(json!([[1], [2, 3]])).unwrap(), [Prompt::Tokens(vec![1]), Prompt::Tokens(vec![2, 3])]);
+        for wrong in [json!(null), json!([]), json!(1), json!([1, "a"]), json!([-1]), json!([[1.5]]), json!({})] {
+            assert_eq!(prompts(wrong).unwrap_err().param.as_deref(), Some("prompt"));
+        }
+    }
+
+    #[test]
+    fn messages_become_plain_text() {
+        let messages = json!({"messages": [
+            {"role": "developer", "content": "S"}, {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": "n"},
+            {"role": "assistant", "content": null},
+        ]});
+        let expected = json!([
+            {"role": "system", "content": "S"}, {"role": "user", "content": "a\nb", "name": "n"}, {"role": "assistant", "content": ""},
+        ]);
+        assert_eq!(json!(body(&messages).messages().unwrap()), expected);
+        for (wrong, param) in [
+            (json!([]), "messages"),
+            (json!([{"content": "a"}]), "messages[0].role"),
+            (json!([{"role": "user"}, "a"]), "messages[1]"),
+            (json!([{"role": "user", "content": [{"type": "image_url"}]}]), "messages[0].content"),
+            (json!([{"role": "user", "content": 1}]), "messages[0].content"),
+        ] {
+            assert_eq!(body(&json!({"messages": wrong})).messages().unwrap_err().param.as_deref(), Some(param));
+        }
+    }
+
+    #[test]
+    fn a_wrong_type_names_its_field() {
+        let error = Body::parse(br#"{"prompt": "a", "temperature": "hot"}"#).unwrap_err();
+        assert_eq!(error.param.as_deref(), Some("temperature"));
+        assert!(error.message.contains("invalid type: string \"hot\""), "{}", error.message);
+        assert_eq!(Body::parse(b"{").unwrap_err().param, None);
+        assert!(Body::parse(b"[1]").is_err());
+    }
+
+    #[test]
+    fn what_cannot_be_honoured_is_refused_by_name() {
+        for (field, value) in [
+            ("logprobs", json!(0)),
+            ("echo", json!(true)),
+            ("suffix", json!("x")),
+            ("tools", json!([{}])),
+            ("response_format", json!({"type": "json_object"})),
+            ("best_of", json!(2)),
+        ] {
+            let mut request = json!({"prompt": "a"});
+            request[field] = value;
+            assert_eq!(body(&request).refuse_unsupported().unwrap_err().param.as_deref(), Some(field));
+        }
+        assert!(body(&json!({"n": 0})).n().is_err());
+        assert!(body(&json!({"stop": [1]})).stop().is_err());
+        assert!(body(&json!({"logit_bias": {"a": 1}})).sampling(&Sampling::default()).is_err());
+    }
+
+    #[test]
+    fn a_request_overrides_the_recommended_sampling_field_by_field() {
+        let recommended = Sampling { temperature: 0.6, top_k: 20, top_p: 0.9, ..Sampling::default() };
+        let body = body(&json!({"temperature": 0, "top_k": -1, "seed": -1, "logit_bias": {"7": -100}, "repeat_penalty": 1.5}));
+        let expected = Sampling {
+            temperature: 0.0,
+            top_k: 0,
+            seed: Some(u64::MAX),
+            logit_bias: vec![(7, -100.0)],
+            repetition_penalty: 1.5,
+            ..recommended.clone()
+        };
+        assert_eq!(body.sampling(&recommended).unwrap(), expected);
+    }
+}
