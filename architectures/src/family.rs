@@ -22,15 +22,15 @@ pub struct Family {
 pub struct Names {
     /// [V, D]
     pub embedding: &'static str,
-    /// [D]
+    /// `[D]`
     pub final_norm: &'static str,
     /// [V, D]
     pub head: &'static str,
     /// prefix of everything in a layer
     pub layer: &'static str,
-    /// [D], before attention
+    /// `[D]`, before attention
     pub input_norm: &'static str,
-    /// [D], before the MLP
+    /// `[D]`, before the MLP
     pub post_norm: &'static str,
     /// in the order of [`AttentionPart`]
     pub attention: [&'static str; 10],
@@ -60,7 +60,7 @@ pub enum Role {
     Embedding,
     /// a tensor of layer l
     Layer(usize, LayerRole),
-    /// last norm [D]
+    /// last norm `[D]`
     FinalNorm,
     /// output projection [V, D]; absent if tied
     Head,
@@ -69,11 +69,11 @@ pub enum Role {
 /// What a layer's tensor is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum LayerRole {
-    /// norm before attention [D]
+    /// norm before attention `[D]`
     InputNorm,
     /// attention
     Attention(AttentionPart),
-    /// norm before the MLP [D]
+    /// norm before the MLP `[D]`
     PostNorm,
     /// dense MLP weight
     Mlp(Projection),
@@ -106,11 +106,11 @@ pub enum AttentionPart {
     KBias,
     /// [KV hd]
     VBias,
-    /// [D]
+    /// `[D]`
     OBias,
-    /// [hd]
+    /// `[hd]`
     QNorm,
-    /// [hd]
+    /// `[hd]`
     KNorm,
 }
 

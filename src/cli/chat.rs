@@ -45,7 +45,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     if terminal {
         eprintln!("{} is listening; /help lists the commands.", loaded.name);
     }
-    let mut messages = opening(args.system.as_deref());
+    let mut messages = opening(args.system);
     let mut lines = io::stdin().lock().lines();
     loop {
         if terminal {
@@ -58,7 +58,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
             ("/exit" | "/quit", _) => break,
             ("/help", _) => eprintln!("{HELP}"),
             ("/reset", _) => messages.retain(|message| message["role"] == "system"),
-            ("/system", text) => messages = opening(Some(text.trim())),
+            ("/system", text) => messages = opening(Some(text.trim().to_owned())),
             (command, _) if command.starts_with('/') => ui::warn(format!("there is no command {command}; /help lists them")),
             _ => {
                 messages.push(json!({"role": "user", "content": line}));
@@ -76,7 +76,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn opening(system: Option<&str>) -> Vec<Value> {
+fn opening(system: Option<String>) -> Vec<Value> {
     system.filter(|text| !text.is_empty()).map(|content| json!({"role": "system", "content": content})).into_iter().collect()
 }
 

@@ -41,7 +41,7 @@ use self::{
 use crate::source::Sidecar;
 
 /// How much an engine does at once.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Options {
     /// sequences that run together
     pub parallel: usize,
@@ -218,7 +218,7 @@ impl Engine {
         let (inbox, jobs) = mpsc::channel();
         let abort = Arc::new(AtomicBool::new(false));
         let thread = std::thread::Builder::new().name("engine".into()).spawn({
-            let (decoder, abort, tokenizer, options) = (decoder.clone(), abort.clone(), text.tokenizer.clone(), options.clone());
+            let (decoder, abort, tokenizer) = (decoder.clone(), abort.clone(), text.tokenizer.clone());
             move || scheduler::run(&decoder, &tokenizer, &options, &jobs, &abort)
         });
         Ok(Self {

@@ -190,7 +190,7 @@ mod tests {
             "normalizer": null, "pre_tokenizer": byte_level, "post_processor": post, "decoder": byte_level,
             "model": {"type": "BPE", "vocab": vocab, "merges": []},
         });
-        open(tokenizer, extra)
+        open(&tokenizer, extra)
     }
 
     /// As Llama 2's: `▁` marks a space, which the decoder strips at the start of a text.
@@ -203,10 +203,10 @@ mod tests {
                 {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
             "model": {"type": "BPE", "vocab": {"<s>": 0, "▁Hello": 1, "▁world": 2, "<0xC3>": 3, "<0xA9>": 4}, "merges": [], "byte_fallback": true},
         });
-        open(tokenizer, &[])
+        open(&tokenizer, &[])
     }
 
-    fn open(tokenizer: Value, extra: &[(&str, Value)]) -> Arc<Tokenizer> {
+    fn open(tokenizer: &Value, extra: &[(&str, Value)]) -> Arc<Tokenizer> {
         let mut sidecars = BTreeMap::from([("tokenizer.json".to_owned(), Sidecar::Made(tokenizer.to_string().into_bytes()))]);
         sidecars.extend(extra.iter().map(|(name, value)| ((*name).to_owned(), Sidecar::Made(value.to_string().into_bytes()))));
         Arc::new(Tokenizer::open(&sidecars, &config()).unwrap())

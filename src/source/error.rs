@@ -11,10 +11,10 @@ pub enum SourceError {
     #[error(transparent)]
     Io(#[from] std::io::Error),
     /// There is no such path, and it is no Hub name either.
-    #[error("`{path}` is neither a file nor a directory here, nor a name on the Hub (`owner/name`)")]
+    #[error("`{name}` is neither a file nor a directory here, nor a name on the Hub (`owner/name[@revision]`)")]
     NotFound {
         /// as the user wrote it
-        path: String,
+        name: String,
     },
     /// Something that only the Hub could have, and the Hub is not asked.
     #[error("`{model}` is not a path here, its {missing} is not in the Hub's cache (`{}`), and {why}", cache.display())]
@@ -98,7 +98,7 @@ pub enum SourceError {
         file: String,
     },
     /// Several candidates.
-    #[error("`{place}` has several {kind} files and nothing says which one is the model: {}", files.join(", "))]
+    #[error("`{place}` has several {kind} files and nothing says which one is the model: {}; {remedy}", files.join(", "))]
     Ambiguous {
         /// directory or repository
         place: String,
@@ -106,6 +106,8 @@ pub enum SourceError {
         kind: &'static str,
         /// all of them
         files: Vec<String>,
+        /// what to do
+        remedy: &'static str,
     },
     /// Weights without a config.
     #[error("`{place}` has weights but no config.json; copy it from the model that was fine-tuned")]

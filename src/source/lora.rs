@@ -114,7 +114,7 @@ impl Adapter {
                 return Err(error("the adapter has this part of the module twice".into()));
             }
         }
-        let mut changes = HashMap::new();
+        let mut changes: HashMap<String, (String, Vec<Change>)> = HashMap::new();
         for (module, parts) in modules {
             for (target, change, name) in self.changes(&module, parts, &file)? {
                 let error = |reason: String| SourceError::AdapterTensor { file: file.clone(), tensor: name.clone(), reason };
@@ -126,9 +126,7 @@ impl Adapter {
                 let info =
                     base.weights.info(&of).ok_or_else(|| error(format!("the base has no tensor `{target}`; is it for another model?")))?;
                 change.check(&info.shape).map_err(|reason| error(format!("{reason} (base tensor `{target}` {:?})", info.shape)))?;
-                if changes.insert(target.clone(), (of, change)).is_some() {
-                    return Err(error(format!("the adapter changes `{target}` twice")));
-                }
+                changes.entry(target).or_insert_with(|| (of, Vec::new())).1.push(change);
             }
         }
         let untied = tied_head.is_some_and(|head| changes.contains_key(&head));
@@ -143,7 +141,7 @@ impl Adapter {
         Ok(source)
     }
 
-    /// The changes that one module's parts make: target, change, and the adapter's tensor to name in an error.
+    /// The changes that one module's parts make, in their order: target, change, and the adapter's tensor to name in an error.
     fn changes(&self, module: &str, mut parts: Parts, file: &Path) -> Result<Vec<(String, Change, String)>, SourceError> {
         let mut changes = Vec::new();
         for (part, suffix) in [(Part::Weight, "weight"), (Part::Bias, "bias")] {
@@ -237,7 +235,7 @@ enum Part {
 type Parts = BTreeMap<Part, (String, View)>;
 
 /// Endings that PEFT writes, after the adapter's name and `modules_to_save` are taken out.
-const ENDINGS: [(&str, Part); 10] = [
+const ENDINGS: [(&str, Part); 11] = [
     (".lora_A.weight", Part::A),
     (".lora_B.weight", Part::B),
     (".lora_B.bias", Part::LoraBias),
@@ -245,6 +243,8 @@ const ENDINGS: [(&str, Part); 10] = [
     (".lora_embedding_B", Part::EmbeddingB),
     (".lora_magnitude_vector.weight", Part::Magnitude),
     (".lora_magnitude_vector", Part::Magnitude),
+    // The layer below the LoRA, saved with it (`save_embedding_layers`, `bias`).
+    (".base_layer.weight", Part::Weight),
     (".base_layer.bias", Part::Bias),
     (".weight", Part::Weight),
     (".bias", Part::Bias),
@@ -264,7 +264,7 @@ fn parse(name: &str) -> Option<(String, Part)> {
 fn find_pattern<'a>(patterns: Option<&'a Map<String, Value>>, kind: &str, module: &str) -> Result<Option<&'a Value>, String> {
     for (key, value) in patterns.into_iter().flatten() {
         let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{key})$"))
-            .map_err(|error| format!("`{kind}` key `{key}` is no regular expression: {error}"))?;
+            .map_err(|_| format!("`{kind}` has the key `{key}`, which is no regular expression"))?;
         if regex.is_match(module) {
             return Ok(Some(value));
         }
@@ -360,8 +360,8 @@ fn transpose(values: &[f32], rows: usize) -> Vec<f32> {
 /// The base's tensors with the changes applied on read.
 struct Merged {
     base: Arc<dyn Weights>,
-    /// target: the base tensor it starts from, and the change
-    changes: HashMap<String, (String, Change)>,
+    /// target: the base tensor it starts from, and the changes in their order
+    changes: HashMap<String, (String, Vec<Change>)>,
 }
 
 impl Weights for Merged {
@@ -377,7 +377,7 @@ impl Weights for Merged {
 
     fn read(&self, name: &str) -> Result<View, WeightsError> {
         match self.changes.get(name) {
-            Some((of, change)) => change.apply(&self.base.read(of)?),
+            Some((of, changes)) => changes.iter().try_fold(self.base.read(of)?, |w, change| change.apply(&w)),
             None => self.base.read(name),
         }
     }

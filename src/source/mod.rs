@@ -145,7 +145,7 @@ fn locate(reference: &ModelRef, options: &OpenOptions) -> Result<Place, SourceEr
         }
         directory
     } else {
-        return Err(SourceError::NotFound { path: reference.path.clone() });
+        return Err(SourceError::NotFound { name: ModelRef { lora: None, ..reference.clone() }.to_string() });
     };
     Ok(match place::files(&directory.display().to_string(), &place::list(&directory)?)? {
         Files::Adapter => Place::Adapter(directory),
@@ -195,7 +195,7 @@ fn add_trunk_prefix(checkpoint: &mut Checkpoint, family: &Family) {
 fn read_json(file: &Path) -> Result<Value, SourceError> {
     let bytes = fs_err::read(file)?;
     serde_json::from_slice(&bytes).map_err(|error| {
-        let (line, column) = (error.line(), error.column());
+        let (line, column) = (error.line(), error.column().max(1));
         let reason = error.to_string();
         // serde_json ends its messages with the position, which stands at the front already.
         let reason = reason.split(" at line ").next().unwrap_or_default().to_owned();

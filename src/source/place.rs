@@ -69,11 +69,13 @@ pub(super) fn files(place: &str, names: &[String]) -> Result<Files, SourceError>
     } else if safetensors.len() == 1 {
         Files::One(safetensors.remove(0))
     } else if !safetensors.is_empty() {
-        return Err(SourceError::Ambiguous { place: place.to_owned(), kind: "safetensors", files: safetensors });
+        let remedy = "call it model.safetensors, or write the index of the shards";
+        return Err(SourceError::Ambiguous { place: place.to_owned(), kind: "safetensors", files: safetensors, remedy });
     } else if gguf.len() == 1 {
         return Ok(Files::Gguf(gguf.remove(0)));
     } else if !gguf.is_empty() {
-        return Err(SourceError::Ambiguous { place: place.to_owned(), kind: "GGUF", files: gguf });
+        let remedy = "name the file too: .../FILE.gguf";
+        return Err(SourceError::Ambiguous { place: place.to_owned(), kind: "GGUF", files: gguf, remedy });
     } else if let Some(file) = ending(&[".bin", ".pt", ".pth"]).into_iter().find(|name| name != "training_args.bin") {
         return Err(SourceError::Pickle { place: place.to_owned(), file });
     } else {

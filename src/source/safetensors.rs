@@ -82,7 +82,8 @@ impl Checkpoint {
         let (header, metadata) = SafeTensors::read_metadata(&bytes).map_err(|error| broken(explain(&bytes, &error)))?;
         // 8 bytes of length, then the header.
         let data = bytes.slice(8 + header..);
-        for (name, info) in metadata.tensors() {
+        for name in metadata.offset_keys() {
+            let Some(info) = metadata.info(&name) else { continue };
             // Old checkpoints carry this buffer; it follows from the config.
             if name.ends_with("rotary_emb.inv_freq") {
                 continue;
@@ -177,7 +178,27 @@ fn explain(bytes: &[u8], error: &SafeTensorError) -> String {
             format!("its tensors do not end where the file ends, at byte {length}; it was cut short or appended to; fetch it again")
         }
         SafeTensorError::InvalidOffset(tensor) => format!("the bytes of tensor `{tensor}` overlap another's or leave a gap"),
-        SafeTensorError::TensorInvalidInfo => "a tensor's byte range does not fit its shape and type".into(),
+        SafeTensorError::TensorInvalidInfo | SafeTensorError::ValidationOverflow => misfit(bytes).unwrap_or_else(|| error.to_string()),
         other => other.to_string(),
     }
+}
+
+/// Names the first tensor whose byte range is not what its shape and type need.
+fn misfit(bytes: &[u8]) -> Option<String> {
+    let length = usize::try_from(u64::from_le_bytes(*bytes.first_chunk()?)).ok()?;
+    let header: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(bytes.get(8..8usize.checked_add(length)?)?).ok()?;
+    header.into_iter().filter(|(name, _)| name != "__metadata__").find_map(|(name, info)| {
+        let info: safetensors::tensor::TensorInfo = serde_json::from_value(info).ok()?;
+        let (start, end) = info.data_offsets;
+        let bits = info.shape.iter().try_fold(info.dtype.bitsize(), |bits, dim| bits.checked_mul(*dim));
+        if bits.is_some_and(|bits| end.checked_sub(start) == Some(bits / 8)) {
+            return None;
+        }
+        Some(format!(
+            "tensor `{name}` has shape {:?} of {}, which does not fit its {} bytes",
+            info.shape,
+            info.dtype,
+            end.saturating_sub(start)
+        ))
+    })
 }

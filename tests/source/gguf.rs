@@ -331,7 +331,7 @@ fn a_byte_level_tokenizer_is_made() {
     let fixture = fixture("llama", "llama", GgmlDType::F16, Stacking::Stacked);
     let source = open(fixture.gguf()).unwrap();
     let made = tokenizer(&source);
-    assert_snapshot!(pieces(&made, "hello world 12\n<|user|>hell</s>"), @"");
+    assert_snapshot!(pieces(&made, "hello world 12\n<|user|>hell</s>"), @"hello Ġw o r l d Ġ 1 2 Ċ <|user|> hell </s>");
     assert_eq!(made.decode(made.encode("hello world", true).unwrap().get_ids(), true).unwrap(), "hello world");
     // A pattern that keeps digits together, and one that begins with BOS by itself.
     let hf = open(fixture.hf()).unwrap();
@@ -340,7 +340,7 @@ fn a_byte_level_tokenizer_is_made() {
         assert_eq!(pieces(&tokenizer(&open(fixture.gguf()).unwrap()), "12hello"), expected, "{pre}");
     }
     let settings: serde_json::Value = serde_json::from_slice(&source.sidecars["tokenizer_config.json"].read().unwrap()).unwrap();
-    assert_snapshot!(settings, @"");
+    assert_snapshot!(settings, @r#"{"tokenizer_class":"PreTrainedTokenizerFast","add_bos_token":false,"add_eos_token":false,"bos_token":"<s>","eos_token":"</s>","pad_token":null,"unk_token":null,"clean_up_tokenization_spaces":false,"model_max_length":128,"chat_template":"{{ messages }}"}"#);
 }
 
 #[test]
@@ -373,7 +373,7 @@ fn a_sentence_piece_tokenizer_is_made() {
     ];
     write(&fixture.gguf(), &hf, "llama", GgmlDType::F16, Stacking::Stacked, &more);
     let made = tokenizer(&open(fixture.gguf()).unwrap());
-    assert_snapshot!(pieces(&made, "hello hel ä</s>"), @"");
+    assert_snapshot!(pieces(&made, "hello hel ä</s>"), @"<s> ▁hello ▁hel ▁ <0xC3> <0xA4> </s>");
     assert_eq!(made.decode(made.encode("hello ä", true).unwrap().get_ids(), true).unwrap(), "hello ä");
 }
 
@@ -394,7 +394,9 @@ fn llama3_rope_is_recognised() {
         assert_eq!(result.is_ok(), expected);
         match result {
             Ok(source) => assert_eq!(source.config.rope, hf.config.rope),
-            Err(message) => assert_snapshot!(message, @""),
+            Err(message) => {
+                assert_snapshot!(message, @"`[GGUF]`: `rope_freqs.weight` is not that of Llama 3.1 to 3.3, and its parameters are not stored; use the original checkpoint")
+            }
         }
     }
 }
@@ -432,18 +434,18 @@ fn files_that_cannot_be_opened() {
         write(&file, &hf, "llama", GgmlDType::F16, Stacking::Stacked, &[(key, value)]);
         say()
     };
-    assert_snapshot!(bytes(&|bytes| bytes.truncate(bytes.len() - 64)), @"");
-    assert_snapshot!(bytes(&|bytes| bytes.truncate(300)), @"");
-    assert_snapshot!(bytes(&|bytes| bytes[4] = 1), @"");
-    assert_snapshot!(bytes(&|bytes| bytes[4..8].reverse()), @"");
-    assert_snapshot!(metadata("general.architecture", Value::String("gemma3".into())), @"");
-    assert_snapshot!(metadata("llama.block_count", Value::U32(3)), @"");
-    assert_snapshot!(metadata("llama.block_count", Value::U32(1)), @"");
-    assert_snapshot!(metadata("llama.feed_forward_length", Value::U32(50)), @"");
-    assert_snapshot!(metadata("llama.embedding_length", Value::String("big".into())), @"");
-    assert_snapshot!(metadata("tokenizer.ggml.pre", Value::String("klingon".into())), @"");
-    assert_snapshot!(metadata("tokenizer.ggml.model", Value::String("bert".into())), @"");
-    assert_snapshot!(metadata("tokenizer.ggml.merges", strings(&["a nothing"])), @"");
+    assert_snapshot!(bytes(&|bytes| bytes.truncate(bytes.len() - 64)), @"`[GGUF]`: tensor `output_norm.weight`: it ends after the file's 42624 bytes; the file was cut short: fetch it again");
+    assert_snapshot!(bytes(&|bytes| bytes.truncate(300)), @"`[GGUF]`: metadata `llama.attention.key_length`: its header claims 4 bytes at 297, but the file has 300; it was cut short: fetch it again");
+    assert_snapshot!(bytes(&|bytes| bytes[4] = 1), @"`[GGUF]`: GGUF version 1 is not read, only 2 and 3; convert it anew with llama.cpp");
+    assert_snapshot!(bytes(&|bytes| bytes[4..8].reverse()), @"`[GGUF]`: it is for big-endian machines; convert it for little-endian ones");
+    assert_snapshot!(metadata("general.architecture", Value::String("gemma3".into())), @"`[GGUF]`: architecture `gemma3` is not supported in GGUF (supported: llama, qwen2, qwen2moe, qwen3, qwen3moe)");
+    assert_snapshot!(metadata("llama.block_count", Value::U32(3)), @"`[GGUF]`: tensor `blk.2.attn_norm.weight` is missing");
+    assert_snapshot!(metadata("llama.block_count", Value::U32(1)), @"`[GGUF]`: tensor `blk.1.attn_k.weight` has no place in a llama model");
+    assert_snapshot!(metadata("llama.feed_forward_length", Value::U32(50)), @"`[GGUF]`: tensor `blk.0.ffn_gate.weight` has shape [48, 32], but the metadata makes it [50, 32]");
+    assert_snapshot!(metadata("llama.embedding_length", Value::String("big".into())), @"`[GGUF]`: metadata `llama.embedding_length` is a string, not an integer");
+    assert_snapshot!(metadata("tokenizer.ggml.pre", Value::String("klingon".into())), @"`[GGUF]`: `tokenizer.ggml.pre` is `klingon`, whose splitting pattern is not known here; use the model's Hugging Face directory");
+    assert_snapshot!(metadata("tokenizer.ggml.model", Value::String("bert".into())), @"`[GGUF]`: tokenizer `bert` is not supported in GGUF (supported: gpt2, llama)");
+    assert_snapshot!(metadata("tokenizer.ggml.merges", strings(&["a nothing"])), @"`[GGUF]`: metadata `tokenizer.ggml.merges` has `a nothing`, which joins no two tokens to a third");
 }
 
 proptest! {

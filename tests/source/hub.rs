@@ -204,8 +204,8 @@ fn one_gguf_of_several_is_named_by_its_file() {
         fs_err::rename(dir.join("model.safetensors"), dir.join("tiny.Q8_0.gguf")).unwrap();
         fs_err::write(dir.join("tiny.Q4_0.gguf"), "GGUF").unwrap();
     });
-    assert_snapshot!(setting.message("someone/tiny"), @"");
-    assert_snapshot!(setting.message("someone/tiny/tiny.Q2_K.gguf"), @"");
+    assert_snapshot!(setting.message("someone/tiny"), @"`someone/tiny@main` has several GGUF files and nothing says which one is the model: tiny.Q4_0.gguf, tiny.Q8_0.gguf; name the file too: .../FILE.gguf");
+    assert_snapshot!(setting.message("someone/tiny/tiny.Q2_K.gguf"), @"http://127.0.0.1:[PORT] answered about `someone/tiny@main`: there is no tiny.Q2_K.gguf; it has: LICENSE, README.md, config.json, generation_config.json, pytorch_model.bin, tiny.Q4_0.gguf, tiny.Q8_0.gguf, tokenizer.json, tokenizer_config.json");
     // Fetched and then read: this one breaks off after its first bytes.
     let message = setting.message("someone/tiny/tiny.Q4_0.gguf");
     assert!(message.contains("tiny.Q4_0.gguf`: its header claims 4 bytes"), "{message}");
@@ -217,7 +217,7 @@ fn one_gguf_of_several_is_named_by_its_file() {
 fn offline_the_cache_must_have_it() {
     let mut setting = setting("someone/tiny", |dir| drop(shard(dir)));
     setting.offline();
-    assert_snapshot!(setting.message("someone/tiny"), @"");
+    assert_snapshot!(setting.message("someone/tiny"), @"`someone/tiny@main` is not a path here, its snapshot is not in the Hub's cache (`[CACHE]`), and HF_HUB_OFFLINE forbids to fetch it");
     if let Some(hub) = &mut setting.options.hub {
         hub.offline = false;
     }
@@ -227,30 +227,30 @@ fn offline_the_cache_must_have_it() {
     setting.open("someone/tiny").unwrap();
     let snapshot = setting.repo().join("snapshots").join(COMMIT);
     fs_err::remove_file(snapshot.join("model-00002-of-00002.safetensors")).unwrap();
-    assert_snapshot!(setting.message("someone/tiny"), @"");
+    assert_snapshot!(setting.message("someone/tiny"), @"`someone/tiny@main` is not a path here, its model-00002-of-00002.safetensors is not in the Hub's cache (`[CACHE]`), and HF_HUB_OFFLINE forbids to fetch it");
     assert_eq!(setting.hub.take_requests(), []);
 }
 
 #[test]
 fn what_the_hub_refuses() {
     let mut setting = setting("someone/tiny", |_| ());
-    assert_snapshot!(setting.message("someone/else"), @"");
-    assert_snapshot!(setting.message("someone/tiny@v2"), @"");
+    assert_snapshot!(setting.message("someone/else"), @"`someone/else@main` is not a path here, and http://127.0.0.1:[PORT] answered 404: there is no such model, revision or file");
+    assert_snapshot!(setting.message("someone/tiny@v2"), @"`someone/tiny@v2` is not a path here, and http://127.0.0.1:[PORT] answered 404: there is no such model, revision or file");
     setting.hub.behaviour.lock().unwrap().token = Some("another".into());
-    assert_snapshot!(setting.message("someone/tiny"), @"");
+    assert_snapshot!(setting.message("someone/tiny"), @"`someone/tiny@main` is not a path here, and http://127.0.0.1:[PORT] answered 401: the token does not open it; accept its terms on its page, or use another token");
     if let Some(hub) = &mut setting.options.hub {
         hub.token = None;
     }
-    assert_snapshot!(setting.message("someone/tiny"), @"");
-    assert_snapshot!(setting.message("not a name"), @"");
-    assert_snapshot!(setting.message("someone/../tiny"), @"");
-    assert_snapshot!(setting.message("someone/tiny@../../x"), @"");
+    assert_snapshot!(setting.message("someone/tiny"), @"`someone/tiny@main` is not a path here, and http://127.0.0.1:[PORT] answered 401: it does not exist, or is private or gated; if it is yours to use, set HF_TOKEN");
+    assert_snapshot!(setting.message("not a name"), @"`not a name` is neither a file nor a directory here, nor a name on the Hub (`owner/name[@revision]`)");
+    assert_snapshot!(setting.message("someone/../tiny"), @"`someone/../tiny` is neither a file nor a directory here, nor a name on the Hub (`owner/name[@revision]`)");
+    assert_snapshot!(setting.message("someone/tiny@../../x"), @"`someone/tiny@../../x` is neither a file nor a directory here, nor a name on the Hub (`owner/name[@revision]`)");
 }
 
 #[test]
 fn a_repository_without_safetensors_says_so_before_anything_is_fetched() {
     let setting = setting("someone/tiny", |dir| fs_err::remove_file(dir.join("model.safetensors")).unwrap());
-    assert_snapshot!(setting.message("someone/tiny"), @"");
+    assert_snapshot!(setting.message("someone/tiny"), @"`someone/tiny@main` has its weights only as PyTorch pickles (`pytorch_model.bin`), which are not read because they can run code; convert them: `AutoModelForCausalLM.from_pretrained(dir).save_pretrained(out, safe_serialization=True)`");
     assert_eq!(setting.hub.take_requests().len(), 1);
 }
 

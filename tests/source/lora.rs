@@ -181,6 +181,24 @@ fn an_embedding_is_adapted_with_its_factors_swapped() {
 }
 
 #[test]
+fn a_layer_saved_below_its_lora_is_where_the_lora_starts() {
+    let base = model("llama");
+    let mut tensors = down(4);
+    let own = random(&[models::HIDDEN, models::FFN], 9);
+    tensors.insert(format!("base_model.model.{DOWN}.base_layer.weight"), own.clone());
+    let merged = merged(base.path(), &write(&lora(4, 4), &tensors)).unwrap();
+    tensors.remove(&format!("base_model.model.{DOWN}.base_layer.weight"));
+    // The same LoRA on a base whose weight is the saved one.
+    let plain = self::merged(base.path(), &write(&lora(4, 4), &tensors)).unwrap();
+    let name = format!("{DOWN}.weight");
+    let (w, merged, plain) = (values(&open(base.path()).unwrap(), &name), values(&merged, &name), values(&plain, &name));
+    for i in 0..w.len() {
+        let expected = own.1[i] + plain[i] - w[i];
+        assert!((merged[i] - expected).abs() < 0.02, "{} is not {expected}", merged[i]);
+    }
+}
+
+#[test]
 fn dora_scales_rows_to_their_magnitude() {
     let base = model("llama");
     let mut tensors = down(4);
@@ -231,17 +249,17 @@ fn adapters_that_do_not_fit() {
     let good = lora(4, 4);
     let half = |part: &str| down(4).into_iter().filter(|(name, _)| name.contains(part)).collect::<Tensors>();
     let one = |name: &str, shape: &[usize]| Tensors::from([(name.to_owned(), random(shape, 1))]);
-    assert_snapshot!(say(&with(good.clone(), "peft_type", json!("IA3")), &down(4)), @"");
-    assert_snapshot!(say(&with(good.clone(), "init_lora_weights", json!("pissa_niter_4")), &down(4)), @"");
-    assert_snapshot!(say(&with(good.clone(), "rank_pattern", json!({"(down": 4})), &down(4)), @"");
-    assert_snapshot!(say(&with(good.clone(), "r", json!("many")), &down(4)), @"");
-    assert_snapshot!(say(&good, &down(8)), @"");
-    assert_snapshot!(say(&good, &pair(DOWN, 4, [models::FFN, models::HIDDEN])), @"");
-    assert_snapshot!(say(&good, &pair("model.layers.7.mlp.down_proj", 4, [32, 48])), @"");
-    assert_snapshot!(say(&good, &half("lora_A")), @"");
-    assert_snapshot!(say(&good, &half("lora_B")), @"");
-    assert_snapshot!(say(&good, &one("base_model.model.model.norm.lora_C.weight", &[32])), @"");
-    assert_snapshot!(say(&good, &one("base_model.model.model.embed_tokens.weight", &[65, 32])), @"");
+    assert_snapshot!(say(&with(good.clone(), "peft_type", json!("IA3")), &down(4)), @"[LORA]/adapter_config.json: `peft_type` is IA3, only LORA adapters are merged; merge it with PEFT first");
+    assert_snapshot!(say(&with(good.clone(), "init_lora_weights", json!("pissa_niter_4")), &down(4)), @"[LORA]/adapter_config.json: `init_lora_weights` is pissa_niter_4, which changed the base it was trained on; save it with `path_initial_model_for_weight_conversion`, or merge it with PEFT first");
+    assert_snapshot!(say(&with(good.clone(), "rank_pattern", json!({"(down": 4})), &down(4)), @"`[LORA]/adapter_model.safetensors`: tensor `base_model.model.model.layers.1.mlp.down_proj.lora_A.weight`: `rank_pattern` has the key `(down`, which is no regular expression");
+    assert_snapshot!(say(&with(good.clone(), "r", json!("many")), &down(4)), @r#"[LORA]/adapter_config.json: invalid type: string "many", expected usize"#);
+    assert_snapshot!(say(&good, &down(8)), @"`[LORA]/adapter_model.safetensors`: tensor `base_model.model.model.layers.1.mlp.down_proj.lora_A.weight`: its A has shape [8, 48], expected [4, 48] (base tensor `model.layers.1.mlp.down_proj.weight` [32, 48])");
+    assert_snapshot!(say(&good, &pair(DOWN, 4, [models::FFN, models::HIDDEN])), @"`[LORA]/adapter_model.safetensors`: tensor `base_model.model.model.layers.1.mlp.down_proj.lora_A.weight`: its A has shape [4, 32], expected [4, 48] (base tensor `model.layers.1.mlp.down_proj.weight` [32, 48])");
+    assert_snapshot!(say(&good, &pair("model.layers.7.mlp.down_proj", 4, [32, 48])), @"`[LORA]/adapter_model.safetensors`: tensor `base_model.model.model.layers.7.mlp.down_proj.lora_A.weight`: the base has no tensor `model.layers.7.mlp.down_proj.weight`; is it for another model?");
+    assert_snapshot!(say(&good, &half("lora_A")), @"`[LORA]/adapter_model.safetensors`: tensor `base_model.model.model.layers.1.mlp.down_proj.lora_A.weight`: its counterpart `lora_B` is missing");
+    assert_snapshot!(say(&good, &half("lora_B")), @"`[LORA]/adapter_model.safetensors`: tensor `base_model.model.model.layers.1.mlp.down_proj.lora_B.weight`: its counterpart `lora_A` is missing");
+    assert_snapshot!(say(&good, &one("base_model.model.model.norm.lora_C.weight", &[32])), @"`[LORA]/adapter_model.safetensors`: tensor `base_model.model.model.norm.lora_C.weight`: its name is none that PEFT gives to a LoRA");
+    assert_snapshot!(say(&good, &one("base_model.model.model.embed_tokens.weight", &[65, 32])), @"`[LORA]/adapter_model.safetensors`: tensor `base_model.model.model.embed_tokens.weight`: it has shape [65, 32], expected [64, 32] (base tensor `model.embed_tokens.weight` [64, 32])");
 }
 
 #[test]
@@ -251,9 +269,9 @@ fn references_of_the_wrong_kind() {
         let message = error.expect("it opens").to_string();
         message.replace(adapter.path().to_str().unwrap(), "[LORA]").replace(base.path().to_str().unwrap(), "[BASE]")
     };
-    assert_snapshot!(say(open(adapter.path()).err()), @"");
+    assert_snapshot!(say(open(adapter.path()).err()), @"`[LORA]` is an adapter and does not say for which base; write BASE+[LORA]");
     let lora_is_model = ModelRef { lora: Some(Box::new(reference(base.path()))), ..reference(base.path()) };
-    assert_snapshot!(say(source::open(&lora_is_model, &OpenOptions::default()).err()), @"");
+    assert_snapshot!(say(source::open(&lora_is_model, &OpenOptions::default()).err()), @"`[BASE]` is a whole model, where an adapter is needed");
     let base_is_adapter = OpenOptions { base: Some(reference(adapter.path())), ..OpenOptions::default() };
-    assert_snapshot!(say(source::open(&reference(adapter.path()), &base_is_adapter).err()), @"");
+    assert_snapshot!(say(source::open(&reference(adapter.path()), &base_is_adapter).err()), @"`[LORA]` is an adapter, where its base model is needed");
 }

@@ -215,7 +215,7 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 #[derive(Debug, Clone)]
 pub(super) struct Linear {
     pub weight: Matrix,
-    /// [out]
+    /// `[out]`
     pub bias: Option<Tensor>,
 }
 

@@ -5,7 +5,7 @@ use candle_core::{DType, Result, Tensor};
 /// x / rms(x) * weight over the last dimension.
 #[derive(Debug)]
 pub(super) struct Norm {
-    /// [D], f32
+    /// `[D]`, f32
     pub weight: Tensor,
     pub eps: f64,
 }

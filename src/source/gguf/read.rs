@@ -17,7 +17,7 @@ pub(super) struct Gguf {
 }
 
 /// A metadata value.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(super) enum Value {
     Integer(i64),
     /// f32 values are widened by way of their shortest decimal form: 1e-5 stays 1e-5.
@@ -28,7 +28,7 @@ pub(super) enum Value {
 }
 
 /// An array of scalars or strings.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(super) struct Array {
     kind: u32,
     pub(super) len: usize,
@@ -36,7 +36,7 @@ pub(super) struct Array {
 }
 
 /// A tensor as it lies in the file.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(super) struct Stored {
     /// `Err` is the name of a type that is not read.
     pub(super) dtype: Result<GgmlDType, String>,
@@ -60,6 +60,19 @@ pub(super) fn has_magic(file: &Path) -> std::io::Result<bool> {
     let mut start = Vec::with_capacity(MAGIC.len());
     fs_err::File::open(file)?.take(MAGIC.len() as u64).read_to_end(&mut start)?;
     Ok(start == MAGIC)
+}
+
+/// For messages: short, whatever the file holds.
+impl std::fmt::Display for Value {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Integer(value) => write!(f, "{value}"),
+            Self::Float(value) => write!(f, "{value}"),
+            Self::Bool(value) => write!(f, "{value}"),
+            Self::Text(_) => f.write_str("a string"),
+            Self::Array(_) => f.write_str("a list"),
+        }
+    }
 }
 
 impl Gguf {
@@ -96,7 +109,7 @@ impl Gguf {
             None => 32,
             // A multiple of 8 is the format's rule; with it every block of every type is aligned in the map.
             Some(Value::Integer(n)) if *n > 0 && n % 8 == 0 => *n as u64,
-            Some(other) => return Err(format!("`general.alignment` is {other:?}, not a multiple of 8")),
+            Some(other) => return Err(format!("`general.alignment` is {other}, not a multiple of 8")),
         };
         let start = (reader.at as u64).next_multiple_of(alignment);
         let mut tensors = BTreeMap::new();
@@ -123,7 +136,7 @@ impl Gguf {
                 }
                 Ok(first.and_then(|n| usize::try_from(n).ok()))
             }
-            Some(other) => Err(format!("metadata `{key}` is {other:?}, not an integer")),
+            Some(other) => Err(format!("metadata `{key}` is {other}, not an integer")),
         }
     }
 
@@ -132,7 +145,7 @@ impl Gguf {
             None => Ok(None),
             Some(Value::Float(x)) if x.is_finite() => Ok(Some(*x)),
             Some(Value::Integer(n)) => Ok(Some(*n as f64)),
-            Some(other) => Err(format!("metadata `{key}` is {other:?}, not a number")),
+            Some(other) => Err(format!("metadata `{key}` is {other}, not a number")),
         }
     }
 
@@ -140,7 +153,7 @@ impl Gguf {
         match self.metadata.get(key) {
             None => Ok(None),
             Some(Value::Bool(flag)) => Ok(Some(*flag)),
-            Some(other) => Err(format!("metadata `{key}` is {other:?}, not true or false")),
+            Some(other) => Err(format!("metadata `{key}` is {other}, not true or false")),
         }
     }
 
@@ -148,7 +161,7 @@ impl Gguf {
         match self.metadata.get(key) {
             None => Ok(None),
             Some(Value::Text(text)) => std::str::from_utf8(text).map(Some).map_err(|_| format!("metadata `{key}` is not UTF-8")),
-            Some(other) => Err(format!("metadata `{key}` is {other:?}, not a string")),
+            Some(other) => Err(format!("metadata `{key}` is {other}, not a string")),
         }
     }
 
@@ -156,7 +169,7 @@ impl Gguf {
         match self.metadata.get(key) {
             None => Ok(None),
             Some(Value::Array(array)) => Ok(Some(array)),
-            Some(other) => Err(format!("metadata `{key}` is {other:?}, not a list")),
+            Some(other) => Err(format!("metadata `{key}` is {other}, not a list")),
         }
     }
 }

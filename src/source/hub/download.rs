@@ -45,7 +45,12 @@ pub(super) fn download(hub: &Hub, repo: &Repo, progress: Option<&dyn Progress>) 
         }
         fetch(file)?;
     } else {
-        match place::files(&repo.to_string(), &names)? {
+        let files = place::files(&repo.to_string(), &names)?;
+        // The weights come last: where they are, the rest is.
+        for name in place::sidecar_names(&names) {
+            fetch(name)?;
+        }
+        match files {
             Files::Gguf(file) => fetch(&file)?,
             Files::Adapter => {
                 fetch(place::ADAPTER_CONFIG)?;
@@ -63,11 +68,8 @@ pub(super) fn download(hub: &Hub, repo: &Repo, progress: Option<&dyn Progress>) 
                 }
             }
         }
-        for name in place::sidecar_names(&names) {
-            fetch(name)?;
-        }
     }
-    // Last: a snapshot that a reference leads to is whole.
+    // A snapshot that a reference leads to is whole.
     if repo.revision != commit {
         let reference = directory.join("refs").join(&repo.revision);
         if let Some(parent) = reference.parent() {
