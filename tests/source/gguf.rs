@@ -222,12 +222,10 @@ fn byte_level() -> [(&'static str, Value); 8] {
     tokens.extend((tokens.len()..VOCAB).map(|i| format!("<unused{i}>")));
     let kinds = (0..VOCAB)
         .map(|i| {
-            Value::I32(if i < 2 {
-                3
-            } else if i == 2 {
-                4
-            } else {
-                1
+            Value::I32(match i {
+                0..2 => 3,
+                2 => 4,
+                _ => 1,
             })
         })
         .collect();
@@ -395,7 +393,7 @@ fn llama3_rope_is_recognised() {
         match result {
             Ok(source) => assert_eq!(source.config.rope, hf.config.rope),
             Err(message) => {
-                assert_snapshot!(message, @"`[GGUF]`: `rope_freqs.weight` is not that of Llama 3.1 to 3.3, and its parameters are not stored; use the original checkpoint")
+                assert_snapshot!(message, @"`[GGUF]`: `rope_freqs.weight` is not that of Llama 3.1 to 3.3, and its parameters are not stored; use the original checkpoint");
             }
         }
     }

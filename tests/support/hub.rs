@@ -134,7 +134,7 @@ fn reply(request: &Request, port: u16, behaviour: &mut Behaviour) -> Reply {
     let Some(file) = file else { return status("404 Not Found") };
     let hash = format!("{:x}", Sha256::digest(&file));
     let commit = ("X-Repo-Commit", COMMIT.to_owned());
-    if name.ends_with(".safetensors") || name.ends_with(".gguf") {
+    if [".safetensors", ".gguf"].iter().any(|end| name.ends_with(end)) {
         let linked = [("X-Linked-Etag", format!("\"{hash}\"")), ("X-Linked-Size", file.len().to_string())];
         let location = ("Location", format!("http://localhost:{port}/cdn/{id}/{name}"));
         return Reply { headers: [commit, location].into_iter().chain(linked).collect(), ..status("302 Found") };
