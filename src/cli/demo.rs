@@ -27,7 +27,7 @@ pub(crate) struct Args {
 /// What the demo asks: the start of a text in each expert's manner.
 const PROMPTS: [&str; 2] = ["Problem: Compute 12 + 30.\n", "And God said unto Moses, "];
 
-pub(crate) fn run(args: Args) -> anyhow::Result<()> {
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     args.device.set_threads()?;
     let bundle = bundle()?;
     let options = recipe::Options::default();

@@ -25,6 +25,7 @@ use crate::{
 
 /// How to write.
 #[derive(Debug, Clone)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a choice of the user's, and any combination is one")]
 pub struct Options {
     /// Most bytes of one shard; a bigger tensor gets a shard of its own.
     pub shard_size: u64,
