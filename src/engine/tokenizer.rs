@@ -75,9 +75,14 @@ impl Tokenizer {
         &self.special
     }
 
-    /// Whether the token ends a text.
-    pub fn is_eos(&self, token: u32) -> bool {
-        self.eos.contains(&token)
+    /// The tokens that end a text.
+    pub fn eos(&self) -> &BTreeSet<u32> {
+        &self.eos
+    }
+
+    /// Whether the token stands for no text.
+    pub fn is_special(&self, token: u32) -> bool {
+        self.inner.id_to_token(token).is_some_and(|name| self.inner.get_added_vocabulary().is_special_token(&name))
     }
 
     /// A text's tokens.
@@ -284,10 +289,9 @@ mod tests {
             ("generation_config.json", json!({"eos_token_id": [8, 9]})),
             ("tokenizer_config.json", json!({"eos_token": "</s>", "pad_token": null})),
         ]);
-        let eos: Vec<u32> = (0..300).filter(|&token| tokenizer.is_eos(token)).collect();
-        assert_eq!(eos, [7, 8, 9, 257]);
+        assert_eq!(tokenizer.eos(), &BTreeSet::from([7, 8, 9, 257]));
         assert_eq!(tokenizer.special_tokens(), &BTreeMap::from([("eos_token".to_owned(), "</s>".to_owned())]));
-        assert!(byte_level(&[("generation_config.json", json!({"eos_token_id": 5}))]).is_eos(5));
+        assert!(byte_level(&[("generation_config.json", json!({"eos_token_id": 5}))]).eos().contains(&5));
     }
 
     #[test]
