@@ -16,6 +16,7 @@ use upcycle_routers::{
     init::{DEFAULT_SEED, Needs, Shape, Statistics},
 };
 
+use self::prompts::Tokenized;
 use crate::{
     engine::{template::TemplateError, tokenizer::TokenizerError},
     plan::Gates,
@@ -89,7 +90,7 @@ pub enum CalibrateError {
 
 /// The gates that the recipe asks for. `decoder` makes the base's decoder; it is called only if the method needs states.
 ///
-/// mergekit-moe runs the base in bf16. In f32 the gates come closer to its than in another bf16 implementation, whose rounding differs.
+/// mergekit-moe runs the base in bf16. With the same weights run in f32, as on the CPU here, rows keep a cosine of 0.9999 and more to its.
 pub fn gates(
     recipe: &Recipe,
     base: &Source,
@@ -102,11 +103,11 @@ pub fn gates(
     let statistics = if method.needs == Needs::Nothing {
         Statistics::default()
     } else {
-        let experts = prompts::tokenize(recipe, base, &rows, &names, &mut warnings)?;
+        let Tokenized { experts, pad } = prompts::tokenize(recipe, base, &rows, &names, &mut warnings)?;
         let layers = match method.needs {
             Needs::Nothing | Needs::Embeddings => states::embeddings(base, &experts)?,
             Needs::LastState => states::run(&decoder()?, &experts, states::Pool::Last)?,
-            Needs::MeanState => states::run(&decoder()?, &experts, states::Pool::Mean { pad: prompts::pad(base)? })?,
+            Needs::MeanState => states::run(&decoder()?, &experts, states::Pool::Mean { pad })?,
         };
         Statistics { layers }
     };
