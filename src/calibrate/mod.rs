@@ -83,6 +83,18 @@ pub enum CalibrateError {
     /// The base's weights could not be read.
     #[error(transparent)]
     Weights(#[from] WeightsError),
+    /// A layer's inputs do not determine what is to be fitted.
+    #[error(transparent)]
+    Singular(#[from] upcycle_routers::linalg::Singular),
+    /// The cache of fits could not be written.
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
+    /// A tensor operation failed.
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+    /// There is nothing to fit.
+    #[error("there are no dense experts to fit")]
+    NoExperts,
     /// The base could not be run.
     #[error(transparent)]
     Decoder(#[from] DecoderError),

@@ -63,8 +63,8 @@ pub(crate) struct Loaded {
 pub(crate) fn open(model: &str, options: &recipe::Options, device: &DeviceArgs) -> anyhow::Result<Loaded> {
     let path = Path::new(model);
     if path.is_file() && path.extension().is_some_and(|end| end == "yml" || end == "yaml") {
-        let recipe = recipe::read(path, options)?;
-        let composite = recipe::composite(&recipe, options, device)?;
+        let mut recipe = recipe::read(path, options)?;
+        let composite = recipe::composite(&mut recipe, options, device)?;
         let sidecars = composite.sources.base().sidecars.clone();
         let name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
         let (family, config) = (composite.plan.family(), composite.plan.config.clone());

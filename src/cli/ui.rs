@@ -95,3 +95,11 @@ pub(crate) fn bytes_bar() -> ProgressBar {
     let style = ProgressStyle::with_template("{msg:20!} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta} left");
     ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
+
+/// A bar for steps of work with a word on what is being done; invisible when stderr is no terminal.
+pub(crate) fn steps() -> ProgressBar {
+    let style = ProgressStyle::with_template("{spinner} {msg:40!} {wide_bar} {pos}/{len} {eta} left");
+    let bar = ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar.enable_steady_tick(std::time::Duration::from_millis(200));
+    bar
+}

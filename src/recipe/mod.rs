@@ -41,6 +41,8 @@ pub struct Recipe {
     pub architecture: Option<String>,
     /// How the weights outside the experts are obtained.
     pub shared: Shared,
+    /// Whether the experts' down projections are fitted to the shared weights and the routing; `None`: where the gates are.
+    pub repair: Option<bool>,
     /// Whether prompts are wrapped in the base's chat template before their states are taken.
     pub chat_template: bool,
     /// Where the tokenizer files come from; the base if not given.
@@ -73,15 +75,20 @@ pub struct Expert {
 /// How shared weights are obtained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Shared {
-    /// The base's.
+    /// `Fit` where the experts' differ from the base's, `Base` where they do not, and `Base` under mergekit's gate modes. Settled before
+    /// anything is planned.
     #[default]
+    Auto,
+    /// The base's.
     Base,
     /// The mean of the experts'.
     Average,
+    /// Fitted to what they do in each expert's own model.
+    Fit,
 }
 
 impl Shared {
-    const ALL: [(&'static str, Self); 2] = [("base", Self::Base), ("average", Self::Average)];
+    const ALL: [(&'static str, Self); 4] = [("auto", Self::Auto), ("base", Self::Base), ("average", Self::Average), ("fit", Self::Fit)];
 }
 
 /// Tensor layout of a composite on disk.
@@ -129,6 +136,11 @@ pub fn parse(text: &str, file: &Path, allow: &[String]) -> Result<(Recipe, Vec<P
 }
 
 impl Recipe {
+    /// Whether the gates are fitted to the router's true inputs, rather than made from prompts or drawn.
+    pub fn fitted(&self) -> bool {
+        self.gate_mode.name == "ridge"
+    }
+
     /// Whose gates are set: the routed experts, then the shared expert if it has prompts or the method needs none.
     pub fn gated(&self) -> impl Iterator<Item = &Expert> {
         let shared =
@@ -156,6 +168,7 @@ impl Recipe {
             "experts_per_token": self.experts_per_token,
             "architecture": self.architecture,
             "shared": name_of(&Shared::ALL, self.shared),
+            "repair": self.repair,
             "chat_template": self.chat_template,
             "tokenizer": self.tokenizer.as_ref().map(ModelRef::to_string),
             "layout": name_of(&Layout::ALL, self.layout),

@@ -39,6 +39,7 @@ const RECIPE: Schema = Schema {
         "experts_per_token",
         "architecture",
         "shared",
+        "repair",
         "chat_template",
         "tokenizer",
         "layout",
@@ -150,6 +151,7 @@ impl<'t> Reader<'t> {
         });
         let architecture = self.given(&fields, "architecture", Self::architecture);
         let shared = self.given(&fields, "shared", |reader, entry| reader.choice(entry, &Shared::ALL));
+        let repair = self.given(&fields, "repair", Self::chat_template);
         let layout = self.given(&fields, "layout", |reader, entry| reader.choice(entry, &Layout::ALL));
         let chat_template = self.given(&fields, "chat_template", Self::chat_template);
         let tokenizer = self.given(&fields, "tokenizer", Self::tokenizer);
@@ -165,6 +167,7 @@ impl<'t> Reader<'t> {
             experts_per_token: experts_per_token.unwrap_or(2),
             architecture,
             shared: shared.unwrap_or_default(),
+            repair,
             chat_template: chat_template.unwrap_or_default(),
             tokenizer,
             layout: layout.unwrap_or_default(),

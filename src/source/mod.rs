@@ -25,6 +25,7 @@ use self::{
 };
 use crate::recipe::ModelRef;
 
+pub(crate) use self::map::map;
 pub use self::{
     error::SourceError,
     hub::Hub,
