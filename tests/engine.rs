@@ -179,6 +179,20 @@ fn dropping_the_receiver_frees_the_place() {
 }
 
 #[test]
+fn a_text_that_nobody_reads_is_not_written_to_the_end() {
+    let engine = engine("base", Options { parallel: 2, ..Options::default() });
+    let mut left = engine.submit(endless(&engine)).unwrap();
+    left.blocking_recv().unwrap();
+    let mut read = engine.submit(endless(&engine)).unwrap();
+    drop(left);
+    // Written to the end, the first text would be as long as the second, which has only begun.
+    for _ in 0..20 {
+        assert!(matches!(read.blocking_recv(), Some(Event::Text(_))));
+    }
+    assert!(engine.unfinished() < 2);
+}
+
+#[test]
 fn a_full_queue_refuses() {
     let engine = engine("base", Options { parallel: 1, queue: 1, ..Options::default() });
     let taken: Vec<_> = (0..2).map(|_| engine.submit(endless(&engine)).unwrap()).collect();

@@ -8,11 +8,11 @@ use upcycle::{
         Engine, Options as EngineOptions, Text,
         device::{self, DeviceChoice, DtypeChoice},
     },
-    source::{self, OpenOptions, Sidecar},
+    source::{self, Sidecar},
 };
 use upcycle_architectures::{Config, Family, Weights, decoder::Decoder};
 
-use super::recipe;
+use super::{recipe, ui};
 
 /// Where and how to compute.
 #[derive(Debug, Clone, clap::Args)]
@@ -70,7 +70,7 @@ pub(crate) fn open(model: &str, options: &recipe::Options, device: &DeviceArgs) 
         let (family, config) = (composite.plan.family(), composite.plan.config.clone());
         return Ok(Loaded { name, family, config, weights: Arc::new(composite), sidecars });
     }
-    let source = source::open(&model.parse()?, &OpenOptions { hub: Some(upcycle::env::hub()), ..OpenOptions::default() })?;
+    let source = source::open(&model.parse()?, &ui::open_options(None))?;
     let name = path.file_name().map_or_else(|| model.to_owned(), |name| name.to_string_lossy().into_owned());
     Ok(Loaded { name, family: source.family, config: source.config, weights: source.weights, sidecars: source.sidecars })
 }

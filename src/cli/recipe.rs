@@ -7,7 +7,7 @@ use upcycle::{
     calibrate::{self, text::TextOptions},
     plan::{self, Composite, Gates, Part, Plan, Sources},
     recipe::{self, ModelRef, Recipe},
-    source::{self, OpenOptions, Source},
+    source::{self, Source},
 };
 use upcycle_architectures::decoder::Decoder;
 
@@ -48,12 +48,7 @@ pub(crate) fn open(recipe: &Recipe) -> anyhow::Result<Sources> {
     let directory = recipe.file.parent().unwrap_or(Path::new("")).to_owned();
     Sources::open(recipe, |reference, base| {
         let place = beside(reference, &directory);
-        let options = OpenOptions {
-            base: base.map(|base| beside(&base.reference, &directory)),
-            hub: Some(upcycle::env::hub()),
-            ..OpenOptions::default()
-        };
-        let source = source::open(&place, &options)?;
+        let source = source::open(&place, &ui::open_options(base.map(|base| beside(&base.reference, &directory))))?;
         Ok(Source { reference: reference.clone(), ..source })
     })
 }
