@@ -10,7 +10,6 @@ use super::{CalibrateError, store::Store, sweep::Sweep, text::Corpus};
 use crate::{
     plan::{Plan, Sources},
     recipe::{Recipe, Shared},
-
 };
 
 /// What `shared: auto` means for these models: `Fit` where the gates are fitted and an expert's attention is not the base's, else `Base`.
@@ -71,7 +70,8 @@ pub fn fit(
 
 /// Of everything that decides what the sweep finds.
 fn key(recipe: &Recipe, plan: &Plan, sources: &Sources, corpus: &Corpus) -> String {
-    let mut parts = vec![recipe.to_json().to_string(), format!("{:?} {:?}", plan.dtype, recipe.shared), env!("CARGO_PKG_VERSION").to_owned()];
+    let mut parts =
+        vec![recipe.to_json().to_string(), format!("{:?} {:?}", plan.dtype, recipe.shared), env!("CARGO_PKG_VERSION").to_owned()];
     for source in &sources.all {
         parts.extend(source.stamps());
     }

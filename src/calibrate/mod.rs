@@ -3,8 +3,12 @@
 //! What is gathered is only what the recipe's method needs: a model is made for states, embedding rows are read for `cheap_embed`, and
 //! nothing is touched for drawn gates. Dimensions: L layers, E experts, D hidden.
 
+mod fit;
 mod prompts;
 mod states;
+mod store;
+mod sweep;
+pub mod text;
 
 use upcycle_architectures::{
     WeightsError,
@@ -17,6 +21,10 @@ use upcycle_routers::{
 };
 
 use self::prompts::Tokenized;
+pub use self::{
+    fit::{fit, settle},
+    store::Store,
+};
 use crate::{
     engine::{template::TemplateError, tokenizer::TokenizerError},
     plan::Gates,
@@ -60,6 +68,9 @@ pub enum CalibrateError {
         /// its text
         prompt: String,
     },
+    /// There is no text to gather statistics on.
+    #[error(transparent)]
+    Text(#[from] text::TextError),
     /// A token that the base's embedding does not have.
     #[error(
         "expert `{expert}`: token {token} of a prompt is not in the base's vocabulary of {vocab}: its tokenizer and its weights do not match"

@@ -38,7 +38,7 @@ pub(super) fn tokenize(
     warnings: &mut Vec<String>,
 ) -> Result<Tokenized, CalibrateError> {
     let tokenizer = Tokenizer::open(&base.sidecars, &base.config)?;
-    let template = if recipe.chat_template { Some(template(base, &tokenizer)?) } else { None };
+    let template = if recipe.chat_template == Some(true) { Some(template(base, &tokenizer)?) } else { None };
     let special = |name| tokenizer.special_tokens().get(name).map(String::as_str);
     let bos = special("bos_token").unwrap_or("");
     let pad = match special("bos_token").or_else(|| special("eos_token")) {

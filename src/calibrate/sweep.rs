@@ -77,7 +77,8 @@ impl Sweep<'_> {
     pub fn run(&self, corpus: &Corpus, path: &Path, keep: &Path, progress: &dyn Fn(usize)) -> Result<Store, CalibrateError> {
         let texts = self.texts(corpus)?;
         let mut store = Writer::create(path)?;
-        let mut own = self.experts.iter().zip(&texts.own).map(|(e, texts)| embed(e, None, texts, self.device)).collect::<Result<Vec<_>, _>>()?;
+        let mut own =
+            self.experts.iter().zip(&texts.own).map(|(e, texts)| embed(e, None, texts, self.device)).collect::<Result<Vec<_>, _>>()?;
         let embedding = if self.fits() { Some(self.embedding(&texts)?) } else { self.averaged(Role::Embedding)? };
         let mut c = embed(self.base, embedding.as_ref(), &texts.all, self.device)?; // [N, D]
         if self.fits() {
@@ -125,8 +126,16 @@ impl Sweep<'_> {
     }
 
     /// One layer: `own` and `c` go in as the residual streams entering it and come out as those leaving it.
-    fn layer(&self, l: usize, texts: &Texts, own: &mut [Tensor], c: &mut Tensor, store: &mut Writer) -> Result<(Gate, String), CalibrateError> {
-        let blocks = self.experts.iter().map(|e| Block::load(e.family, &e.config, &*e.weights, l, self.device)).collect::<Result<Vec<_>, _>>()?;
+    fn layer(
+        &self,
+        l: usize,
+        texts: &Texts,
+        own: &mut [Tensor],
+        c: &mut Tensor,
+        store: &mut Writer,
+    ) -> Result<(Gate, String), CalibrateError> {
+        let blocks =
+            self.experts.iter().map(|e| Block::load(e.family, &e.config, &*e.weights, l, self.device)).collect::<Result<Vec<_>, _>>()?;
         let mut over = BTreeMap::new();
         for role in self.small_roles(l) {
             self.place(&mut over, role, self.averaged(role)?);
@@ -134,14 +143,17 @@ impl Sweep<'_> {
 
         // What comes out of attention in the experts' own models.
         let inputs = blocks.iter().zip(&*own).map(|(b, x)| b.attention_input(x)).collect::<TensorResult<Vec<_>>>()?;
-        let mixed = blocks.iter().zip(&inputs).zip(&texts.own).map(|((b, z), texts)| b.attend(z, texts)).collect::<TensorResult<Vec<_>>>()?;
+        let mixed =
+            blocks.iter().zip(&inputs).zip(&texts.own).map(|((b, z), texts)| b.attend(z, texts)).collect::<TensorResult<Vec<_>>>()?;
         let attended = blocks.iter().zip(&*own).zip(&mixed).map(|((b, x), z)| x + b.project(AttentionPart::O, z)?);
         let attended = attended.collect::<TensorResult<Vec<_>>>()?;
 
         // The composite's attention.
         let attention = |part| Role::Layer(l, LayerRole::Attention(part));
         let z = self.block(l, &over)?.attention_input(c)?; // [N, D]
-        for (part, bias) in [(AttentionPart::Q, AttentionPart::QBias), (AttentionPart::K, AttentionPart::KBias), (AttentionPart::V, AttentionPart::VBias)] {
+        for (part, bias) in
+            [(AttentionPart::Q, AttentionPart::QBias), (AttentionPart::K, AttentionPart::KBias), (AttentionPart::V, AttentionPart::VBias)]
+        {
             if self.fits() {
                 let targets = blocks.iter().zip(&inputs).map(|(b, z)| b.project(part, z)).collect::<TensorResult<Vec<_>>>()?;
                 let targets = self.without_bias(Tensor::cat(&targets, 0)?, attention(bias), self.base.config.qkv_bias)?;
@@ -206,7 +218,8 @@ impl Sweep<'_> {
     fn gate(&self, texts: &Texts, r: &Tensor) -> Result<(Gate, Vec<f32>, String), CalibrateError> {
         let (n, d) = r.dims2()?;
         let e = self.experts.len();
-        let y: Vec<f32> = texts.labels.iter().flat_map(|&l| (0..e).map(move |i| f32::from(u8::from(i == l as usize)) - 1.0 / e as f32)).collect();
+        let y: Vec<f32> =
+            texts.labels.iter().flat_map(|&l| (0..e).map(move |i| f32::from(u8::from(i == l as usize)) - 1.0 / e as f32)).collect();
         let y = Tensor::from_vec(y, (n, e), self.device)?;
         let fit = |fold: Option<usize>| -> Result<Tensor, CalibrateError> {
             let keep: Vec<f32> = texts.folds.iter().map(|f| if Some(*f) == fold { 0.0 } else { 1.0 }).collect();
@@ -226,21 +239,39 @@ impl Sweep<'_> {
         }
         let weights = texts.weight.flatten_all()?.to_vec1::<f32>()?;
         let nll = |s: f32| -> f32 {
-            held.chunks(e).zip(&texts.labels).zip(&weights).map(|((row, &l), w)| {
-                let z: f32 = row.iter().map(|v| (s * v).exp()).sum();
-                w * (z.ln() - s * row[l as usize])
-            }).sum::<f32>() / n as f32
+            held.chunks(e)
+                .zip(&texts.labels)
+                .zip(&weights)
+                .map(|((row, &l), w)| {
+                    let z: f32 = row.iter().map(|v| (s * v).exp()).sum();
+                    w * (z.ln() - s * row[l as usize])
+                })
+                .sum::<f32>()
+                / n as f32
         };
         let scale = (-6..18).map(|i| 2f32.powf(i as f32 / 2.0)).min_by(|a, b| nll(*a).total_cmp(&nll(*b))).unwrap_or(1.0);
         held.iter_mut().for_each(|v| *v *= scale);
-        let accuracy: f32 = held.chunks(e).zip(&texts.labels).zip(&weights).map(|((row, &l), w)| if row.iter().all(|v| *v <= row[l as usize]) { *w } else { 0.0 }).sum::<f32>() / n as f32;
+        let accuracy: f32 = held
+            .chunks(e)
+            .zip(&texts.labels)
+            .zip(&weights)
+            .map(|((row, &l), w)| if row.iter().all(|v| *v <= row[l as usize]) { *w } else { 0.0 })
+            .sum::<f32>()
+            / n as f32;
         let weight = (all * f64::from(scale))?.flatten_all()?.to_vec1::<f32>()?;
         Ok((Gate { experts: e, hidden: d, weight }, held, format!("accuracy {accuracy:.3}, scale {scale}")))
     }
 
     /// All down projections at once, one expert after the other (block Gauss-Seidel): minimises over the changes C_e
     /// sum_i w_i |rest_i - sum_e a_ie C_e^T|^2 + ridge |C_e|^2, with a_ie the expert's hidden state times its routing weight.
-    fn repair(&self, l: usize, texts: &Texts, chosen: &[Option<(Tensor, Tensor)>], rest: &mut Tensor, store: &mut Writer) -> Result<(), CalibrateError> {
+    fn repair(
+        &self,
+        l: usize,
+        texts: &Texts,
+        chosen: &[Option<(Tensor, Tensor)>],
+        rest: &mut Tensor,
+        store: &mut Writer,
+    ) -> Result<(), CalibrateError> {
         let mut grams = Vec::new();
         for pick in chosen {
             grams.push(match pick {
@@ -344,7 +375,10 @@ impl Sweep<'_> {
     fn small_roles(&self, l: usize) -> Vec<Role> {
         let tensors = self.base.family.tensors(&self.base.config).into_iter();
         tensors
-            .filter(|(role, shape)| matches!(role, Role::Layer(layer, part) if *layer == l && !matches!(part, LayerRole::Mlp(_) | LayerRole::MlpBias(_))) && shape.len() == 1)
+            .filter(|(role, shape)| {
+                matches!(role, Role::Layer(layer, part) if *layer == l && !matches!(part, LayerRole::Mlp(_) | LayerRole::MlpBias(_)))
+                    && shape.len() == 1
+            })
             .map(|(role, _)| role)
             .collect()
     }

@@ -43,8 +43,9 @@ pub struct Recipe {
     pub shared: Shared,
     /// Whether the experts' down projections are fitted to the shared weights and the routing; `None`: where the gates are.
     pub repair: Option<bool>,
-    /// Whether prompts are wrapped in the base's chat template before their states are taken.
-    pub chat_template: bool,
+    /// Whether prompts are wrapped in the base's chat template. Not given, mergekit's gate modes take them as they are, and the text that experts
+    /// write is a chat where prompts are requests and the expert answers them.
+    pub chat_template: Option<bool>,
     /// Where the tokenizer files come from; the base if not given.
     pub tokenizer: Option<ModelRef>,
     /// Tensor layout on disk.
@@ -66,6 +67,8 @@ pub struct Expert {
     pub positive_prompts: Vec<String>,
     /// What it is not for.
     pub negative_prompts: Vec<String>,
+    /// Text of its kind: `.txt` or `.jsonl`. It may be large and is not read with the recipe.
+    pub text_file: Option<PathBuf>,
     /// Standard deviation of noise added to its MLP weights.
     pub noise_scale: Option<f64>,
     /// Factor on its down projection.
@@ -121,7 +124,7 @@ pub fn read(file: &Path, allow: &[String]) -> Result<(Recipe, Vec<Problem>), Rec
     parse(&fs_err::read_to_string(file)?, file, allow)
 }
 
-/// The same from text. `file` is shown in messages, and `prompts_file` paths are relative to its directory.
+/// The same from text. `file` is shown in messages, and `prompts_file` and `text_file` paths are relative to its directory.
 pub fn parse(text: &str, file: &Path, allow: &[String]) -> Result<(Recipe, Vec<Problem>), RecipeError> {
     let mut reader = schema::Reader::new(text, file);
     let failed = |problems: &[Problem]| problems.iter().any(|problem| problem.severity == Severity::Error);
@@ -155,6 +158,7 @@ impl Recipe {
                 "source_model": expert.source_model.to_string(),
                 "positive_prompts": expert.positive_prompts,
                 "negative_prompts": expert.negative_prompts,
+                "text_file": expert.text_file,
                 "noise_scale": expert.noise_scale,
                 "residual_scale": expert.residual_scale,
             })
@@ -169,7 +173,7 @@ impl Recipe {
             "architecture": self.architecture,
             "shared": name_of(&Shared::ALL, self.shared),
             "repair": self.repair,
-            "chat_template": self.chat_template,
+            "chat_template": self.chat_template.map_or_else(|| "auto".into(), Value::Bool),
             "tokenizer": self.tokenizer.as_ref().map(ModelRef::to_string),
             "layout": name_of(&Layout::ALL, self.layout),
             "seed": self.seed,
