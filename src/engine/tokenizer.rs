@@ -88,6 +88,13 @@ impl Tokenizer {
         Ok(ids[usize::from(doubled)..].to_vec())
     }
 
+    /// What is put in front of a plain text: BOS, or nothing.
+    pub fn prefix(&self) -> Result<Vec<u32>, TokenizerError> {
+        let (with, without) = (self.encode("a", Specials::Add)?, self.encode("a", Specials::Written)?);
+        let at = with.windows(without.len().max(1)).position(|window| window == without);
+        Ok(with[..at.unwrap_or(0)].to_vec())
+    }
+
     /// The tokens' text without special tokens. Tokens that the tokenizer does not know (a padded vocabulary) have none.
     pub fn decode(&self, tokens: &[u32]) -> Result<String, TokenizerError> {
         self.inner.decode(tokens, true).map_err(TokenizerError::Tokenizer)
@@ -276,6 +283,8 @@ mod tests {
         assert_eq!(tokenizer.encode("<s>a", Specials::Add).unwrap(), [256, 97]);
         assert_eq!(tokenizer.encode("<s>a<turn>", Specials::Written).unwrap(), [256, 97, 258]);
         assert_eq!(tokenizer.encode("a", Specials::Written).unwrap(), [97]);
+        assert_eq!(tokenizer.prefix().unwrap(), [256]);
+        assert_eq!(metaspace().prefix().unwrap(), Vec::<u32>::new());
     }
 
     #[test]
