@@ -14,6 +14,7 @@ mod support;
 mod cli;
 mod compose;
 mod engine;
+mod eval;
 mod gates;
 mod recipe;
 mod serve;

@@ -145,7 +145,7 @@ pub fn gates(
 }
 
 /// What to call the experts: the last part of their path if that tells them apart, else all of it.
-fn names(experts: &[&Expert]) -> Vec<String> {
+pub fn names(experts: &[&Expert]) -> Vec<String> {
     let full: Vec<String> = experts.iter().map(|expert| expert.source_model.to_string()).collect();
     let short: Vec<&str> = full.iter().map(|name| name.trim_end_matches('/').rsplit('/').next().unwrap_or(name)).collect();
     let unique = |name: &&str| short.iter().filter(|other| *other == name).count() == 1;
