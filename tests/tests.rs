@@ -18,4 +18,5 @@ mod gates;
 mod recipe;
 mod serve;
 mod source;
+mod text;
 mod tidy;

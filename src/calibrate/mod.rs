@@ -5,6 +5,7 @@
 
 mod prompts;
 mod states;
+pub mod text;
 
 use upcycle_architectures::{
     WeightsError,
@@ -59,6 +60,9 @@ pub enum CalibrateError {
         /// its text
         prompt: String,
     },
+    /// There is no text to gather statistics on.
+    #[error(transparent)]
+    Text(#[from] text::TextError),
     /// A token that the base's embedding does not have.
     #[error(
         "expert `{expert}`: token {token} of a prompt is not in the base's vocabulary of {vocab}: its tokenizer and its weights do not match"

@@ -31,7 +31,7 @@ pub(super) fn tokenize(
     warnings: &mut Vec<String>,
 ) -> Result<Vec<Prompts>, CalibrateError> {
     let tokenizer = Tokenizer::open(&base.sidecars, &base.config)?;
-    let template = if recipe.chat_template { Some(template(base, &tokenizer)?) } else { None };
+    let template = if recipe.chat_template == Some(true) { Some(template(base, &tokenizer)?) } else { None };
     let bos = tokenizer.special_tokens().get("bos_token").map_or("", String::as_str);
     let limit = base.config.max_positions;
     let mut tokens = |expert: &str, prompt: &String| -> Result<Vec<u32>, CalibrateError> {

@@ -41,8 +41,9 @@ pub struct Recipe {
     pub architecture: Option<String>,
     /// How the weights outside the experts are obtained.
     pub shared: Shared,
-    /// Whether prompts are wrapped in the base's chat template before their states are taken.
-    pub chat_template: bool,
+    /// Whether prompts are wrapped in the base's chat template. Not given, mergekit's gate modes take them as they are, and the text that experts
+    /// write is a chat where prompts are requests and the expert answers them.
+    pub chat_template: Option<bool>,
     /// Where the tokenizer files come from; the base if not given.
     pub tokenizer: Option<ModelRef>,
     /// Tensor layout on disk.
@@ -64,6 +65,8 @@ pub struct Expert {
     pub positive_prompts: Vec<String>,
     /// What it is not for.
     pub negative_prompts: Vec<String>,
+    /// Text of its kind: `.txt` or `.jsonl`. It may be large and is not read with the recipe.
+    pub text_file: Option<PathBuf>,
     /// Standard deviation of noise added to its MLP weights.
     pub noise_scale: Option<f64>,
     /// Factor on its down projection.
@@ -114,7 +117,7 @@ pub fn read(file: &Path, allow: &[String]) -> Result<(Recipe, Vec<Problem>), Rec
     parse(&fs_err::read_to_string(file)?, file, allow)
 }
 
-/// The same from text. `file` is shown in messages, and `prompts_file` paths are relative to its directory.
+/// The same from text. `file` is shown in messages, and `prompts_file` and `text_file` paths are relative to its directory.
 pub fn parse(text: &str, file: &Path, allow: &[String]) -> Result<(Recipe, Vec<Problem>), RecipeError> {
     let mut reader = schema::Reader::new(text, file);
     let failed = |problems: &[Problem]| problems.iter().any(|problem| problem.severity == Severity::Error);
@@ -143,6 +146,7 @@ impl Recipe {
                 "source_model": expert.source_model.to_string(),
                 "positive_prompts": expert.positive_prompts,
                 "negative_prompts": expert.negative_prompts,
+                "text_file": expert.text_file,
                 "noise_scale": expert.noise_scale,
                 "residual_scale": expert.residual_scale,
             })
@@ -156,7 +160,7 @@ impl Recipe {
             "experts_per_token": self.experts_per_token,
             "architecture": self.architecture,
             "shared": name_of(&Shared::ALL, self.shared),
-            "chat_template": self.chat_template,
+            "chat_template": self.chat_template.map_or_else(|| "auto".into(), Value::Bool),
             "tokenizer": self.tokenizer.as_ref().map(ModelRef::to_string),
             "layout": name_of(&Layout::ALL, self.layout),
             "seed": self.seed,
