@@ -97,7 +97,7 @@ fn a_small_text_is_taken_whole() {
 fn special_tokens_in_a_text_do_not_count() {
     let [sequence] = &from_file("t.txt", b"one<|endoftext|>two", &OPTIONS).unwrap()[..] else { panic!("one sequence") };
     assert_eq!(sequence.counts.iter().filter(|counts| !**counts).count(), 1);
-    assert_eq!(sequence.counts[sequence.tokens.iter().position(|token| *token == 0).unwrap()], false);
+    assert!(!sequence.counts[sequence.tokens.iter().position(|token| *token == 0).unwrap()]);
 }
 
 /// A model of 64 words whose tokenizer puts `<s>` in front.
@@ -177,7 +177,7 @@ fn of_a_chat_only_what_is_said_counts() {
         json!({"prompt": "as well"}),
         json!("a string"),
     ];
-    let content: String = lines.iter().map(|line| format!("{line}\n\n")).collect();
+    let content = lines.map(|line| line.to_string()).join("\n\n");
     let sequences = from_file("t.jsonl", content.as_bytes(), &OPTIONS).unwrap();
     let tokenizer = tokenizer(&demo("code", "positive_prompts: [a b c d]", ""));
     let texts: Vec<_> = sequences.iter().map(|sequence| counted(&tokenizer, sequence)).collect();
@@ -230,7 +230,7 @@ fn files_that_hold_no_text_are_named() {
         "cannot take text from [dir]/t.jsonl:2: the chat template failed: invalid operation: tried to use + operator on unsupported types string and undefined"
     );
     assert_eq!(refused("t.txt", b"good\nbad \xff\n"), "cannot take text from [dir]/t.txt:2: it is not UTF-8");
-    let late = [numbered(4000).as_bytes(), &[0xff; 40_000][..]].concat();
+    let late = [numbered(4000).as_bytes(), &vec![0xff; 40_000]].concat();
     let large = from_file("t.txt", &late, &TextOptions { tokens: 1024, ..OPTIONS }).unwrap_err();
     assert_eq!(large, "cannot take text from [dir]/t.txt:4001: it is not UTF-8");
     assert_eq!(refused("t.txt", b""), "expert `code` has no text: `[dir]/t.txt` is empty");
@@ -294,6 +294,18 @@ fn experts_go_on_from_their_prompts() {
         text.chars().filter(char::is_ascii_digit).count()
     };
     assert!(digits(&written.experts[0]) > 4 * digits(&written.experts[1]), "each writes of its own");
+}
+
+#[test]
+fn of_a_long_prompt_the_start_is_used() {
+    let mut recipe = writers("");
+    recipe.experts[0].positive_prompts = vec!["Problem: ".repeat(1000)];
+    for chat_template in [None, Some(true)] {
+        recipe.chat_template = chat_template;
+        for sequence in &corpus(&recipe, &OPTIONS).0.unwrap().experts[0] {
+            assert!((280..320).contains(&sequence.tokens.len()), "{}", sequence.tokens.len());
+        }
+    }
 }
 
 #[test]
@@ -390,13 +402,7 @@ fn one_word(dir: &Path, vocab: usize, token: usize, logit: f32) -> Recipe {
     models::write_with(&dir.join("expert"), &config, &tensors, 1);
     let values = |name: &str, shape: &[usize]| -> Vec<u8> {
         let value = |i: usize| match name {
-            "lm_head.weight" => {
-                if i / models::HIDDEN == token {
-                    logit / models::HIDDEN as f32
-                } else {
-                    0.0
-                }
-            }
+            "lm_head.weight" if i / models::HIDDEN == token => logit / models::HIDDEN as f32,
             "model.embed_tokens.weight" | "model.norm.weight" => 1.0,
             _ => 0.0,
         };
