@@ -19,4 +19,5 @@ mod gates;
 mod recipe;
 mod serve;
 mod source;
+mod text;
 mod tidy;
