@@ -238,6 +238,23 @@ pub struct Training<'a> {
     pub rows: Vec<Rows<'a>>,
 }
 
+impl Training<'_> {
+    /// The mean of the domains' means, [D].
+    pub fn common_mean(&self) -> Vec<f64> {
+        let mut mean = vec![0.0; self.hidden];
+        for of_domain in self.means.chunks_exact(self.hidden) {
+            mean.iter_mut().zip(of_domain).for_each(|(sum, v)| *sum += v / self.experts as f64);
+        }
+        mean
+    }
+
+    /// The domains' means less the common mean, [E, D].
+    pub fn centred(&self) -> Vec<f64> {
+        let common = self.common_mean();
+        self.means.iter().zip(common.iter().cycle()).map(|(v, common)| v - common).collect()
+    }
+}
+
 impl LayerStatistics {
     /// Of no rows.
     pub fn new(shape: Shape) -> Self {
@@ -338,11 +355,11 @@ impl LayerStatistics {
 pub(crate) mod tests {
     use super::*;
 
-    /// Rows that look drawn: E clusters around a common mean, the same for the same seed.
+    /// Rows that look drawn: E overlapping clusters around a common mean, drawn anew for each seed.
     pub(crate) fn rows(seed: u64, domain: usize, n: usize, hidden: usize) -> Vec<f32> {
-        let noise = |i: u64| hash(seed ^ hash(i)) as f64 / u64::MAX as f64 - 0.5;
-        let center = |d: usize| 1.0 + noise((1 << 40) + (domain * hidden + d) as u64);
-        (0..n * hidden).map(|i| (center(i % hidden) + 2.0 * noise(i as u64 + ((domain as u64) << 32))) as f32).collect()
+        let noise = |seed: u64, i: usize| hash(seed ^ hash(i as u64)) as f64 / u64::MAX as f64 - 0.5;
+        let center = |d: usize| 1.0 + noise(u64::MAX, domain * hidden + d);
+        (0..n * hidden).map(|i| (center(i % hidden) + 2.5 * noise(seed, i + (domain << 32))) as f32).collect()
     }
 
     const SHAPE: Shape = Shape { hidden: 150, domains: 3, folds: 2, rows: 100 };
