@@ -42,10 +42,10 @@ pub(crate) struct Args {
     device: DeviceArgs,
 }
 
-pub(crate) fn run(args: Args) -> anyhow::Result<()> {
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let loaded = model::open(&args.model, &args.options, &args.device)?;
     if let (Some(ids), Some(out)) = (&args.logits, &args.out) {
-        return logits(&loaded, &args, ids, out);
+        return logits(&loaded, args, ids, out);
     }
     let summary = summary(loaded.family, &loaded.config, &*loaded.weights);
     let gates = gates(loaded.family, &loaded.config, &*loaded.weights)?;

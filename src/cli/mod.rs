@@ -64,16 +64,19 @@ pub(crate) fn main() -> ExitCode {
     let cli = Cli::parse();
     ui::init(cli.verbose, cli.quiet);
     let result = match cli.command {
-        Command::Demo(args) => demo::run(args),
-        Command::Plan(args) => plan::run(args),
+        Command::Demo(args) => demo::run(&args),
+        Command::Plan(args) => plan::run(&args),
         Command::Compose(args) => compose::run(args),
         #[cfg(feature = "serve")]
         Command::Serve(args) => serve::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Run(args) => run::run(args),
-        Command::Inspect(args) => inspect::run(args),
+        Command::Inspect(args) => inspect::run(&args),
         Command::Doctor(args) => doctor::run(args),
-        Command::Completions(args) => completions::run(args),
+        Command::Completions(args) => {
+            completions::run(&args);
+            Ok(())
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

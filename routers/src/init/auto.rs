@@ -7,6 +7,7 @@ pub const METHOD: Method = Method {
     name: "auto",
     aliases: &[],
     about: "the best of `softmax`, `ridge`, `lda` and `centroid` in each layer, by text that was left out of the fit",
+    all_experts: false,
     how: How::Fitted(&[
         softmax::with(1e-3),
         softmax::with(1e-4),

@@ -11,6 +11,7 @@ pub const METHOD: Method = Method {
     name: "centroid",
     aliases: &[],
     about: "mean of what the router sees in each domain, less what they have in common",
+    all_experts: false,
     how: How::Fitted(&[CANDIDATE]),
 };
 

@@ -8,6 +8,7 @@ pub const METHOD: Method = Method {
     name: "cheap_embed",
     aliases: &[],
     about: "sum of the prompts' token embeddings, the same in every layer: runs no model",
+    all_experts: false,
     how: How::Prompts { needs: Needs::Embeddings, init },
 };
 

@@ -10,6 +10,7 @@ pub const METHOD: Method = Method {
     name: "hidden",
     aliases: &["hidden_last"],
     about: "mean state of the prompts' last tokens in each layer, minus that of the negative prompts",
+    all_experts: false,
     how: How::Prompts { needs: Needs::LastState, init },
 };
 

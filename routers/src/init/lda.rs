@@ -14,6 +14,7 @@ pub const METHOD: Method = Method {
     name: "lda",
     aliases: &[],
     about: "linear discriminant analysis of what the router sees, with a shrunk covariance",
+    all_experts: false,
     how: How::Fitted(&[with(0.1)]),
 };
 

@@ -105,6 +105,8 @@ pub struct Method {
     pub aliases: &'static [&'static str],
     /// one line for help texts
     pub about: &'static str,
+    /// whether it means anything only where every token runs through all experts
+    pub all_experts: bool,
     /// from what
     pub how: How,
 }
@@ -124,9 +126,20 @@ pub enum How {
 }
 
 impl Method {
-    /// Whether it looks at prompts, or at text that comes of them.
-    pub fn uses_prompts(&self) -> bool {
-        !matches!(self.how, How::Prompts { needs: Needs::Nothing, .. })
+    /// What it must know of the prompts in the base; `None` if it is fitted.
+    pub fn needs(&self) -> Option<Needs> {
+        match self.how {
+            How::Prompts { needs, .. } => Some(needs),
+            How::Fitted(_) => None,
+        }
+    }
+
+    /// What it fits; nothing if it is not fitted.
+    pub fn candidates(&self) -> &'static [Candidate] {
+        match self.how {
+            How::Prompts { .. } => &[],
+            How::Fitted(candidates) => candidates,
+        }
     }
 }
 

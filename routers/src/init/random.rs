@@ -8,6 +8,7 @@ pub const METHOD: Method = Method {
     name: "random",
     aliases: &[],
     about: "standard normal numbers: needs no prompts, routes at random",
+    all_experts: false,
     how: How::Prompts { needs: Needs::Nothing, init },
 };
 

@@ -14,6 +14,7 @@ pub const METHOD: Method = Method {
     name: "ridge",
     aliases: &[],
     about: "regression of the right expert on what the router sees: closed form",
+    all_experts: false,
     how: How::Fitted(&[with(0.1)]),
 };
 

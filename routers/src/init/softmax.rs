@@ -22,6 +22,7 @@ pub const METHOD: Method = Method {
     name: "softmax",
     aliases: &[],
     about: "logistic regression of the right expert on what the router sees",
+    all_experts: false,
     how: How::Fitted(&[with(1e-3)]),
 };
 

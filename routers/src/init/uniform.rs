@@ -7,6 +7,7 @@ pub const METHOD: Method = Method {
     name: "uniform",
     aliases: &[],
     about: "every token runs through all experts, equally: needs no prompts, the mean of the experts' outputs",
+    all_experts: true,
     how: How::Prompts { needs: Needs::Nothing, init },
 };
 

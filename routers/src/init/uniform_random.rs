@@ -8,6 +8,7 @@ pub const METHOD: Method = Method {
     name: "uniform_random",
     aliases: &[],
     about: "uniform numbers in ±√(1/D), a linear layer's usual start: needs no prompts, routes at random",
+    all_experts: false,
     how: How::Prompts { needs: Needs::Nothing, init },
 };
 
