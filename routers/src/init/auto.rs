@@ -11,8 +11,6 @@ pub const METHOD: Method = Method {
     how: How::Fitted(&[
         softmax::with(1e-3),
         softmax::with(1e-4),
-        softmax::with(1e-2),
-        softmax::with(1e-1),
         ridge::with(0.1),
         ridge::with(0.01),
         lda::with(0.1),
