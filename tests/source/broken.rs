@@ -6,8 +6,8 @@ use insta::assert_snapshot;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-use super::{model, open, shard};
-use crate::support::models;
+use super::{model, open};
+use crate::support::models::{self, rewrite, rewrite_header, rewrite_index, shard};
 
 /// The message for a tiny llama after `change`; its directory reads `[DIR]`.
 fn message(change: impl FnOnce(&Path)) -> String {
@@ -15,32 +15,6 @@ fn message(change: impl FnOnce(&Path)) -> String {
     change(dir.path());
     let error = open(dir.path()).err().expect("it opens");
     error.to_string().replace(dir.path().to_str().unwrap(), "[DIR]")
-}
-
-/// Rewrites `model.safetensors`.
-fn rewrite(dir: &Path, change: impl FnOnce(&mut Vec<u8>)) {
-    let file = dir.join("model.safetensors");
-    let mut bytes = fs_err::read(&file).unwrap();
-    change(&mut bytes);
-    fs_err::write(file, bytes).unwrap();
-}
-
-/// Replaces the header of `model.safetensors`.
-fn rewrite_header(dir: &Path, change: impl FnOnce(&mut Value)) {
-    rewrite(dir, |bytes| {
-        let length = usize::try_from(u64::from_le_bytes(*bytes.first_chunk().unwrap())).unwrap();
-        let mut header = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
-        change(&mut header);
-        let header = header.to_string();
-        bytes.splice(..8 + length, (header.len() as u64).to_le_bytes().into_iter().chain(header.into_bytes()));
-    });
-}
-
-fn rewrite_index(dir: &Path, change: impl FnOnce(&mut Value)) {
-    let file = dir.join("model.safetensors.index.json");
-    let mut index = serde_json::from_slice(&fs_err::read(&file).unwrap()).unwrap();
-    change(&mut index);
-    fs_err::write(file, index.to_string()).unwrap();
 }
 
 #[test]

@@ -13,8 +13,11 @@ use upcycle::{
     source::{self, OpenOptions, Progress, Source, SourceError},
 };
 
-use super::{assert_same_tensors, model, open, shard};
-use crate::support::hub::{Behaviour, COMMIT, Hub, Request};
+use super::{assert_same_tensors, model, open};
+use crate::support::{
+    hub::{Behaviour, COMMIT, Hub, Request},
+    models,
+};
 
 /// A server with one repository, and an empty cache.
 struct Setting {
@@ -177,7 +180,7 @@ fn a_part_with_wrong_bytes_is_noticed() {
 
 #[test]
 fn shards_adapters_and_gguf_files_are_fetched() {
-    let sharded = setting("someone/tiny", |dir| drop(shard(dir)));
+    let sharded = setting("someone/tiny", |dir| drop(models::shard(dir)));
     assert_same_tensors(&sharded.open("someone/tiny").unwrap(), &open(sharded.model.path()).unwrap());
     // A shard that is gone from the cache is fetched alone.
     let snapshot = sharded.repo().join("snapshots").join(COMMIT);
@@ -215,7 +218,7 @@ fn one_gguf_of_several_is_named_by_its_file() {
 
 #[test]
 fn offline_the_cache_must_have_it() {
-    let mut setting = setting("someone/tiny", |dir| drop(shard(dir)));
+    let mut setting = setting("someone/tiny", |dir| drop(models::shard(dir)));
     setting.offline();
     assert_snapshot!(setting.message("someone/tiny"), @"`someone/tiny@main` is not a path here, its snapshot is not in the Hub's cache (`[CACHE]`), and HF_HUB_OFFLINE forbids to fetch it");
     if let Some(hub) = &mut setting.options.hub {
