@@ -96,7 +96,7 @@ fn a_sound_recipe_is_passed_without_a_word() {
     gate_mode: "hidden"
     experts_per_token: 1
     shared: "base"
-    chat_template: false
+    chat_template: "auto"
     layout: "classic"
     "#);
     assert_eq!(parsed(SOUND).text, SOUND);
@@ -154,7 +154,7 @@ shared_experts:
 fn values_are_coerced_as_mergekit_does() {
     let recipe =
         parsed(&edited("experts_per_token: 1", "experts_per_token: \"1\"\ndtype: \"float16\"\nseed: \"7\"\nchat_template: \"true\""));
-    assert_eq!((recipe.experts_per_token, recipe.dtype, recipe.seed, recipe.chat_template), (1, Some(Dtype::F16), Some(7), true));
+    assert_eq!((recipe.experts_per_token, recipe.dtype, recipe.seed, recipe.chat_template), (1, Some(Dtype::F16), Some(7), Some(true)));
     assert_eq!(parsed(&edited("experts_per_token: 1", "experts_per_token: 2.0")).experts_per_token, 2);
     let scales = edited("source_model: one", "source_model: one\n    noise_scale: \"0.5\"\n    residual_scale: 2");
     assert_eq!((parsed(&scales).experts[0].noise_scale, parsed(&scales).experts[0].residual_scale), (Some(0.5), Some(2.0)));
@@ -173,7 +173,7 @@ fn values_are_coerced_as_mergekit_does() {
 fn nothing_given_is_the_default() {
     let nulls = "dtype:\nseed: ~\narchitecture: \"\"\nshared: null\nlayout:\ntokenizer:\nshared_experts:\nchat_template:";
     let recipe = parsed(&with(nulls).replace("gate_mode: hidden\nexperts_per_token: 1\n", ""));
-    assert_eq!((recipe.gate_mode.name, recipe.experts_per_token, recipe.chat_template), ("hidden", 2, false));
+    assert_eq!((recipe.gate_mode.name, recipe.experts_per_token, recipe.chat_template), ("hidden", 2, None));
     assert_eq!((recipe.dtype, recipe.seed, recipe.architecture, recipe.tokenizer), (None, None, None, None));
     assert_eq!((recipe.shared, recipe.layout, recipe.shared_experts.len()), (Shared::Base, Layout::Classic, 0));
 }
@@ -572,7 +572,7 @@ fn keys_of_neighbouring_tools() {
     gate_mode: "hidden"
     experts_per_token: 1
     shared: "base"
-    chat_template: false
+    chat_template: "auto"
     layout: "classic"
 
     warning: `num_experts_per_tok` is read as `experts_per_token`
@@ -601,7 +601,7 @@ fn keys_of_neighbouring_tools() {
     gate_mode: "hidden"
     experts_per_token: 1
     shared: "base"
-    chat_template: false
+    chat_template: "auto"
     layout: "classic"
 
     warning: `negative_prompt` is read as `negative_prompts`
@@ -724,7 +724,7 @@ fn what_is_refused_unless_allowed() {
     gate_mode: "hidden"
     experts_per_token: 1
     shared: "base"
-    chat_template: false
+    chat_template: "auto"
     layout: "classic"
 
     warning[identical-prompts]: every expert has the same prompts
@@ -783,7 +783,7 @@ fn what_is_refused_unless_allowed() {
     gate_mode: "random"
     experts_per_token: 1
     shared: "base"
-    chat_template: false
+    chat_template: "auto"
     layout: "classic"
 
     warning[unused-prompts]: `random` does not look at prompts

@@ -8,11 +8,11 @@ use upcycle::{
         Engine, Options as EngineOptions, Text,
         device::{self, DeviceChoice, DtypeChoice},
     },
-    source::{self, OpenOptions, Sidecar},
+    source::{self, Sidecar},
 };
 use upcycle_architectures::{Config, Family, Weights, decoder::Decoder};
 
-use super::recipe;
+use super::{recipe, ui};
 
 /// Where and how to compute.
 #[derive(Debug, Clone, clap::Args)]
@@ -63,14 +63,14 @@ pub(crate) struct Loaded {
 pub(crate) fn open(model: &str, options: &recipe::Options, device: &DeviceArgs) -> anyhow::Result<Loaded> {
     let path = Path::new(model);
     if path.is_file() && path.extension().is_some_and(|end| end == "yml" || end == "yaml") {
-        let recipe = recipe::read(path, options)?;
-        let composite = recipe::composite(&recipe, options, device)?;
+        let mut recipe = recipe::read(path, options)?;
+        let composite = recipe::composite(&mut recipe, options, device)?;
         let sidecars = composite.sources.base().sidecars.clone();
         let name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
         let (family, config) = (composite.plan.family(), composite.plan.config.clone());
         return Ok(Loaded { name, family, config, weights: Arc::new(composite), sidecars });
     }
-    let source = source::open(&model.parse()?, &OpenOptions { hub: Some(upcycle::env::hub()), ..OpenOptions::default() })?;
+    let source = source::open(&model.parse()?, &ui::open_options(None))?;
     let name = path.file_name().map_or_else(|| model.to_owned(), |name| name.to_string_lossy().into_owned());
     Ok(Loaded { name, family: source.family, config: source.config, weights: source.weights, sidecars: source.sidecars })
 }

@@ -215,7 +215,7 @@ fn twin_experts(recipe: &Recipe, places: &Places) -> Option<Finding> {
 }
 
 fn same_endings(recipe: &Recipe, places: &Places) -> Option<Finding> {
-    if recipe.gate_mode.needs != Needs::LastState || recipe.chat_template {
+    if recipe.gate_mode.needs != Needs::LastState || recipe.chat_template == Some(true) {
         return None;
     }
     // A mean does not change when every ending is repeated as often, so one ending counts once.

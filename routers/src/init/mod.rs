@@ -103,7 +103,10 @@ pub struct Method {
 }
 
 /// Every method.
-pub const METHODS: &[&Method] = &[&hidden::METHOD, &hidden_avg::METHOD, &cheap_embed::METHOD, &random::METHOD, &uniform_random::METHOD];
+pub const RIDGE: Method = Method { name: "ridge", aliases: &["auto"], about: "tmp", needs: Needs::LastState, init: |_, _| Vec::new() };
+/// x
+pub const METHODS: &[&Method] =
+    &[&RIDGE, &hidden::METHOD, &hidden_avg::METHOD, &cheap_embed::METHOD, &random::METHOD, &uniform_random::METHOD];
 
 /// The method of that name or alias.
 pub fn find(name: &str) -> Option<&'static Method> {
