@@ -61,7 +61,7 @@ fn composite(recipe: &Recipe) -> Composite {
     let weight = |l: usize| (0..rows).map(|i| (l * rows + i) as f32 / 64.0).collect();
     let gate = |l| Gate { experts: recipe.experts.len(), hidden: models::HIDDEN, weight: weight(l) };
     let routed = (0..models::LAYERS).map(gate).collect();
-    plan::composite(plan, sources, Gates { routed, shared: Vec::new() })
+    plan::composite(plan, sources, Gates { routed, shared: Vec::new() }, None)
 }
 
 type Tensors = BTreeMap<String, (Vec<usize>, Vec<u8>)>;

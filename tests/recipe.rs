@@ -95,7 +95,7 @@ fn a_sound_recipe_is_passed_without_a_word() {
     shared_experts:
     gate_mode: "hidden"
     experts_per_token: 1
-    shared: "base"
+    shared: "auto"
     chat_template: "auto"
     layout: "classic"
     "#);
@@ -175,7 +175,7 @@ fn nothing_given_is_the_default() {
     let recipe = parsed(&with(nulls).replace("gate_mode: hidden\nexperts_per_token: 1\n", ""));
     assert_eq!((recipe.gate_mode.name, recipe.experts_per_token, recipe.chat_template), ("hidden", 2, None));
     assert_eq!((recipe.dtype, recipe.seed, recipe.architecture, recipe.tokenizer), (None, None, None, None));
-    assert_eq!((recipe.shared, recipe.layout, recipe.shared_experts.len()), (Shared::Base, Layout::Classic, 0));
+    assert_eq!((recipe.shared, recipe.layout, recipe.shared_experts.len()), (Shared::Auto, Layout::Classic, 0));
 }
 
 #[test]
@@ -189,7 +189,7 @@ fn a_byte_order_mark_and_windows_line_ends_are_no_matter() {
     2 | gate_mode: hiden
       |            ^^^^^
       |
-    hint: did you mean `hidden`? It is one of `hidden`, `hidden_avg`, `cheap_embed`, `random`, `uniform_random`
+    hint: did you mean `hidden`? It is one of `ridge`, `hidden`, `hidden_avg`, `cheap_embed`, `random`, `uniform_random`
     ");
 }
 
@@ -315,6 +315,8 @@ fn broken_yaml() {
       |
     6 |     positive_prompts: ["Write a function that sorts a list, "Why does this loop never end?"]
       |                                                              ^
+      |
+    hint: check the indentation and the quotes here and in the line above
     "#);
     assert_snapshot!(told("gate_mode: hidden", "gate_mode: hidden: random"), @"
     error: mapping values are not allowed in this context
@@ -322,6 +324,8 @@ fn broken_yaml() {
       |
     2 | gate_mode: hidden: random
       |                  ^
+      |
+    hint: check the indentation and the quotes here and in the line above
     ");
     assert_snapshot!(told("gate_mode: hidden", "gate_mode: hidden\ngate_mode: random"), @"
     error: duplicate mapping key `gate_mode` is not allowed here
@@ -329,6 +333,8 @@ fn broken_yaml() {
       |
     3 | gate_mode: random
       | ^^^^^^^^^
+      |
+    hint: check the indentation and the quotes here and in the line above
     ");
     assert_snapshot!(told("  - source_model: one\n    positive", "  - source_model: one\n   positive"), @r#"
     error: while parsing a block collection, did not find expected '-' indicator
@@ -336,6 +342,8 @@ fn broken_yaml() {
       |
     6 |    positive_prompts: ["Write a function that sorts a list", "Why does this loop never end?"]
       |    ^
+      |
+    hint: check the indentation and the quotes here and in the line above
     "#);
     assert_snapshot!(verdict("a: &a [*a]", &[]), @"
     error: Recursive reference not allowed here
@@ -343,6 +351,8 @@ fn broken_yaml() {
       |
     1 | a: &a [*a]
       |        ^^
+      |
+    hint: check the indentation and the quotes here and in the line above
     ");
 }
 
@@ -355,7 +365,7 @@ fn unknown_keys_and_values() {
     2 | gatemode: hidden
       | ^^^^^^^^
       |
-    hint: did you mean `gate_mode`? A recipe has the keys `base_model`, `experts`, `shared_experts`, `gate_mode`, `dtype`, `experts_per_token`, `architecture`, `shared`, `chat_template`, `tokenizer`, `layout`, `seed`
+    hint: did you mean `gate_mode`? A recipe has the keys `base_model`, `experts`, `shared_experts`, `gate_mode`, `dtype`, `experts_per_token`, `architecture`, `shared`, `repair`, `chat_template`, `tokenizer`, `layout`, `seed`
     ");
     assert_snapshot!(told("positive_prompts", "postive_prompts"), @r#"
     error: unknown key `postive_prompts` in an expert
@@ -364,7 +374,7 @@ fn unknown_keys_and_values() {
     6 |     postive_prompts: ["Write a function that sorts a list", "Why does this loop never end?"]
       |     ^^^^^^^^^^^^^^^
       |
-    hint: did you mean `positive_prompts`? An expert has the keys `source_model`, `positive_prompts`, `negative_prompts`, `prompts_file`, `noise_scale`, `residual_scale`
+    hint: did you mean `positive_prompts`? An expert has the keys `source_model`, `positive_prompts`, `negative_prompts`, `prompts_file`, `text_file`, `noise_scale`, `residual_scale`
     "#);
     assert_snapshot!(told("gate_mode: hidden", "gate_mode: hiden"), @"
     error: unknown value `hiden` for `gate_mode`
@@ -373,7 +383,7 @@ fn unknown_keys_and_values() {
     2 | gate_mode: hiden
       |            ^^^^^
       |
-    hint: did you mean `hidden`? It is one of `hidden`, `hidden_avg`, `cheap_embed`, `random`, `uniform_random`
+    hint: did you mean `hidden`? It is one of `ridge`, `hidden`, `hidden_avg`, `cheap_embed`, `random`, `uniform_random`
     ");
     assert_snapshot!(told("gate_mode: hidden", "gate_mode: learned"), @"
     error: unknown value `learned` for `gate_mode`
@@ -382,7 +392,7 @@ fn unknown_keys_and_values() {
     2 | gate_mode: learned
       |            ^^^^^^^
       |
-    hint: it is one of `hidden`, `hidden_avg`, `cheap_embed`, `random`, `uniform_random`
+    hint: it is one of `ridge`, `hidden`, `hidden_avg`, `cheap_embed`, `random`, `uniform_random`
     ");
     assert_snapshot!(verdict(&with("dtype: int8"), &[]), @"
     error: unknown value `int8` for `dtype`
@@ -400,7 +410,7 @@ fn unknown_keys_and_values() {
     9 | shared: avarage
       |         ^^^^^^^
       |
-    hint: did you mean `average`? It is one of `base`, `average`
+    hint: did you mean `average`? It is one of `auto`, `base`, `average`, `fit`
     ");
     assert_snapshot!(verdict(&with("architecture: mixtrl"), &[]), @"
     error: unknown value `mixtrl` for `architecture`
@@ -418,7 +428,7 @@ fn unknown_keys_and_values() {
     9 | frobnicate: 3
       | ^^^^^^^^^^
       |
-    hint: a recipe has the keys `base_model`, `experts`, `shared_experts`, `gate_mode`, `dtype`, `experts_per_token`, `architecture`, `shared`, `chat_template`, `tokenizer`, `layout`, `seed`
+    hint: a recipe has the keys `base_model`, `experts`, `shared_experts`, `gate_mode`, `dtype`, `experts_per_token`, `architecture`, `shared`, `repair`, `chat_template`, `tokenizer`, `layout`, `seed`
     ");
 }
 
@@ -535,7 +545,7 @@ fn wrong_shapes() {
       |                    ^^^
     ");
     assert_snapshot!(verdict(&with("chat_template: chatml"), &[]), @"
-    error: `chat_template` must be `true` or `false`
+    error: `chat_template` must be `true`, `false` or `auto`
      --> recipe.yml:9:16
       |
     9 | chat_template: chatml
@@ -571,7 +581,7 @@ fn keys_of_neighbouring_tools() {
     shared_experts:
     gate_mode: "hidden"
     experts_per_token: 1
-    shared: "base"
+    shared: "auto"
     chat_template: "auto"
     layout: "classic"
 
@@ -600,7 +610,7 @@ fn keys_of_neighbouring_tools() {
     shared_experts:
     gate_mode: "hidden"
     experts_per_token: 1
-    shared: "base"
+    shared: "auto"
     chat_template: "auto"
     layout: "classic"
 
@@ -642,7 +652,7 @@ fn several_mistakes_are_shown_at_once() {
     3 | experts_per_tok: 0
       | ^^^^^^^^^^^^^^^
       |
-    hint: did you mean `experts_per_token`? A recipe has the keys `base_model`, `experts`, `shared_experts`, `gate_mode`, `dtype`, `experts_per_token`, `architecture`, `shared`, `chat_template`, `tokenizer`, `layout`, `seed`
+    hint: did you mean `experts_per_token`? A recipe has the keys `base_model`, `experts`, `shared_experts`, `gate_mode`, `dtype`, `experts_per_token`, `architecture`, `shared`, `repair`, `chat_template`, `tokenizer`, `layout`, `seed`
 
     error: unknown value `hiden` for `gate_mode`
      --> recipe.yml:2:12
@@ -650,7 +660,7 @@ fn several_mistakes_are_shown_at_once() {
     2 | gate_mode: hiden
       |            ^^^^^
       |
-    hint: did you mean `hidden`? It is one of `hidden`, `hidden_avg`, `cheap_embed`, `random`, `uniform_random`
+    hint: did you mean `hidden`? It is one of `ridge`, `hidden`, `hidden_avg`, `cheap_embed`, `random`, `uniform_random`
     ");
 }
 
@@ -723,7 +733,7 @@ fn what_is_refused_unless_allowed() {
     shared_experts:
     gate_mode: "hidden"
     experts_per_token: 1
-    shared: "base"
+    shared: "auto"
     chat_template: "auto"
     layout: "classic"
 
@@ -782,7 +792,7 @@ fn what_is_refused_unless_allowed() {
     shared_experts:
     gate_mode: "random"
     experts_per_token: 1
-    shared: "base"
+    shared: "auto"
     chat_template: "auto"
     layout: "classic"
 

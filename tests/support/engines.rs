@@ -37,7 +37,7 @@ pub fn composite(options: Options) -> Engine {
     let plan = plan::plan(&recipe, &sources, &[]).unwrap();
     let text = Text::open(&sources.base().sidecars, &plan.config).unwrap();
     let gates = calibrate::gates(&recipe, sources.base(), || Ok(decoder(sources.base()))).unwrap().gates;
-    let composite = plan::composite(plan, sources, gates);
+    let composite = plan::composite(plan, sources, gates, None);
     let plan = &composite.plan;
     let decoder = Decoder::load(plan.family(), &plan.config, &composite, DType::F32, &Device::Cpu).unwrap();
     Engine::start(decoder, text, options).unwrap()
