@@ -283,6 +283,35 @@ fn prompt_files() {
 }
 
 #[test]
+fn text_files() {
+    let dir = tempfile::tempdir().unwrap();
+    fs_err::write(dir.path().join("t.txt"), "text").unwrap();
+    let text = edited("source_model: one", "source_model: one\n    text_file: t.txt");
+    let (recipe, _) = recipe::parse(&text, &dir.path().join("recipe.yml"), &[]).unwrap();
+    assert_eq!(recipe.experts[0].text_file, Some(dir.path().join("t.txt")));
+    assert_eq!((recipe.experts[1].text_file.as_ref(), recipe.chat_template), (None, None));
+    assert_eq!(parsed(&with("chat_template: auto")).chat_template, None);
+    assert_snapshot!(told("source_model: one", "source_model: one\n    text_file: no-such.jsonl"), @"
+    error: failed to open file `no-such.jsonl`: No such file or directory (os error 2)
+     --> recipe.yml:6:16
+      |
+    6 |     text_file: no-such.jsonl
+      |                ^^^^^^^^^^^^^
+      |
+    hint: the path is relative to the recipe's folder
+    ");
+    assert_snapshot!(told("source_model: one", "source_model: one\n    text_file: prompts.json"), @r#"
+    error: a file of text ends in .txt or .jsonl
+     --> recipe.yml:6:16
+      |
+    6 |     text_file: prompts.json
+      |                ^^^^^^^^^^^^
+      |
+    hint: plain text in a .txt; in a .jsonl one `{"messages": [..]}` or `{"text": ..}` per line
+    "#);
+}
+
+#[test]
 fn a_file_that_cannot_be_read() {
     let error = recipe::read(Path::new("no-such-recipe.yml"), &[]).unwrap_err();
     assert_snapshot!(error, @"failed to open file `no-such-recipe.yml`: No such file or directory (os error 2)");

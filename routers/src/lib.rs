@@ -8,3 +8,4 @@ pub mod gate;
 pub mod init;
 pub mod linalg;
 pub mod route;
+pub mod statistics;

@@ -1,18 +1,21 @@
 //! Solving symmetric positive definite systems, in f64: what closed-form fits come down to.
 //!
-//! Matrices are row-major slices; factorisation and products are faer's.
+//! Matrices are row-major slices. Blocks are worked on by faer, each on one thread, and cut the same way on any number of threads: so the
+//! result does not depend on that number.
 
 use faer::{
     Accum, MatMut, MatRef, Par,
     dyn_stack::{MemBuffer, MemStack},
     linalg::{
-        cholesky::llt::{factor, solve},
+        cholesky::llt::factor::{LltError, cholesky_in_place, cholesky_in_place_scratch},
         matmul::matmul,
+        triangular_solve::{solve_lower_triangular_in_place, solve_upper_triangular_in_place},
     },
 };
+use rayon::prelude::*;
 
-/// From this size on, a factorisation is worth the threads.
-const LARGE: usize = 512;
+/// Rows or columns that one task works on.
+const BLOCK: usize = 128;
 
 /// A matrix that has no Cholesky factorisation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -29,7 +32,7 @@ pub struct Singular {
 pub struct Cholesky {
     /// n
     size: usize,
-    /// [n, n], the factor in the lower triangle by columns
+    /// [n, n], the factor in the lower triangle
     factor: Vec<f64>,
 }
 
@@ -69,24 +72,66 @@ pub(crate) fn product(out: MatMut<'_, f32>, a: MatRef<'_, f32>, b: MatRef<'_, f3
     matmul(out, Accum::Replace, a, b, 1.0, Par::Seq);
 }
 
-/// A symmetric matrix is the same by rows and by columns; the routines are made for columns.
+/// The Cholesky factor takes the place of the lower triangle of `a`, [n, n]. The upper one is not looked at. Block columns from the left:
+/// each is finished, then subtracted from what is to its right.
 fn factorise(a: &mut [f64], n: usize) -> Result<(), Singular> {
-    let par = if n < LARGE { Par::Seq } else { Par::rayon(0) };
-    let params = Default::default();
-    let mut memory = MemBuffer::new(factor::cholesky_in_place_scratch::<f64>(n, par, params));
-    let matrix = MatMut::from_column_major_slice_mut(&mut *a, n, n);
-    let outcome = factor::cholesky_in_place(matrix, Default::default(), par, MemStack::new(&mut memory), params);
-    outcome.map_err(|factor::LltError::NonPositivePivot { index }| Singular { size: n, row: index })?;
-    let broken = a.iter().step_by(n + 1).position(|pivot| !pivot.is_finite());
-    broken.map_or(Ok(()), |row| Err(Singular { size: n, row }))
+    for start in (0..n).step_by(BLOCK) {
+        let end = (start + BLOCK).min(n);
+        let width = end - start;
+        let (above, below) = a.split_at_mut(end * n);
+        let diagonal = MatMut::from_row_major_slice_mut(above, end, n).submatrix_mut(start, start, width, width);
+        let corner = pivot(diagonal).map_err(|row| Singular { size: n, row: start + row })?;
+        let corner = MatRef::from_row_major_slice(&corner, width, width);
+        // [n - end, width]
+        let mut panel = vec![0.0; (n - end) * width];
+        panel.par_chunks_mut(BLOCK * width).zip(below.par_chunks_mut(BLOCK * n)).for_each(|(panel, rows)| {
+            for (panel, row) in panel.chunks_exact_mut(width).zip(rows.chunks_exact(n)) {
+                panel.copy_from_slice(&row[start..end]);
+            }
+            let height = panel.len() / width;
+            solve_lower_triangular_in_place(corner, MatMut::from_row_major_slice_mut(panel, height, width).transpose_mut(), Par::Seq);
+            for (panel, row) in panel.chunks_exact(width).zip(rows.chunks_exact_mut(n)) {
+                row[start..end].copy_from_slice(panel);
+            }
+        });
+        let panel = MatRef::from_row_major_slice(&panel, n - end, width);
+        below.par_chunks_mut(BLOCK * n).enumerate().for_each(|(i, rows)| {
+            let (first, height) = (i * BLOCK, rows.len() / n);
+            let left = first + height;
+            let rest = MatMut::from_row_major_slice_mut(rows, height, n).submatrix_mut(0, end, height, left);
+            matmul(rest, Accum::Add, panel.subrows(first, height), panel.subrows(0, left).transpose(), -1.0, Par::Seq);
+        });
+    }
+    Ok(())
 }
 
+/// Factorises a block on the diagonal and returns a copy, or the row that cannot be.
+fn pivot(mut block: MatMut<'_, f64>) -> Result<Vec<f64>, usize> {
+    let n = block.nrows();
+    let mut memory = MemBuffer::new(cholesky_in_place_scratch::<f64>(n, Par::Seq, Default::default()));
+    cholesky_in_place(block.as_mut(), Default::default(), Par::Seq, MemStack::new(&mut memory), Default::default())
+        .map_err(|LltError::NonPositivePivot { index }| index)?;
+    match (0..n).find(|&i| !block[(i, i)].is_finite()) {
+        Some(row) => Err(row),
+        None => Ok((0..n * n).map(|i| block[(i / n, i % n)]).collect()),
+    }
+}
+
+/// Solves L Lᵀ x = rhs, blocks of columns of rhs at once.
 fn substitute(factor: &[f64], n: usize, rhs: &mut [f64], m: usize) {
-    let par = if n < LARGE { Par::Seq } else { Par::rayon(0) };
-    let mut memory = MemBuffer::new(solve::solve_in_place_scratch::<f64>(n, m, par));
-    let factor = MatRef::from_column_major_slice(factor, n, n);
-    let rhs = MatMut::from_row_major_slice_mut(rhs, n, m);
-    solve::solve_in_place(factor, rhs, par, MemStack::new(&mut memory));
+    let factor = MatRef::from_row_major_slice(factor, n, n);
+    let mut rest = MatMut::from_row_major_slice_mut(rhs, n, m);
+    let mut blocks = Vec::new();
+    while rest.ncols() > BLOCK {
+        let (block, others) = rest.split_at_col_mut(BLOCK);
+        blocks.push(block);
+        rest = others;
+    }
+    blocks.push(rest);
+    blocks.into_par_iter().for_each(|mut block| {
+        solve_lower_triangular_in_place(factor, block.as_mut(), Par::Seq);
+        solve_upper_triangular_in_place(factor.transpose(), block, Par::Seq);
+    });
 }
 
 #[cfg(test)]
@@ -102,8 +147,8 @@ mod tests {
 
     #[test]
     fn the_solution_solves() {
-        for n in [1, 3, 40, 130] {
-            let (a, m) = (positive(n), 3);
+        for n in [1, 3, 40, 128, 300] {
+            let (a, m) = (positive(n), 130);
             let rhs: Vec<f64> = (0..n * m).map(|i| (i as f64).cos()).collect();
             let mut x = rhs.clone();
             solve_spd(&mut a.clone(), n, &mut x, m).unwrap();
@@ -119,12 +164,12 @@ mod tests {
 
     #[test]
     fn threads_do_not_change_the_solution() {
-        let n = LARGE + 50;
+        let n = 300;
         let solve = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             pool.install(|| {
-                let mut x = vec![1.0; n];
-                solve_spd(&mut positive(n), n, &mut x, 1).unwrap();
+                let mut x = vec![1.0; n * 200];
+                solve_spd(&mut positive(n), n, &mut x, 200).unwrap();
                 x
             })
         };

@@ -17,7 +17,7 @@ use upcycle_architectures::{
 use upcycle_routers::{
     diagnose::{self, diagnose},
     gate::Gate,
-    init::{DEFAULT_SEED, Needs, Shape, Statistics},
+    init::{DEFAULT_SEED, FitError, How, Needs, Shape, Statistics},
 };
 
 use self::prompts::Tokenized;
@@ -97,6 +97,20 @@ pub enum CalibrateError {
     /// A layer's inputs do not determine what is to be fitted.
     #[error(transparent)]
     Singular(#[from] upcycle_routers::linalg::Singular),
+    /// What the routers see determines no gate.
+    #[error("layer {layer}: {cause}")]
+    Gate {
+        /// the layer
+        layer: usize,
+        /// what is missing
+        cause: FitError,
+    },
+    /// Gates that take a sweep over the composite were asked for from the base alone.
+    #[error("`{method}` gates are fitted to the composite's routers; the base's states for prompts give none")]
+    Fitted {
+        /// the gate mode
+        method: &'static str,
+    },
     /// The cache of fits could not be written.
     #[error(transparent)]
     Io(#[from] std::io::Error),
@@ -119,15 +133,17 @@ pub fn gates(
     base: &Source,
     decoder: impl FnOnce() -> Result<Decoder, DecoderError>,
 ) -> Result<Calibrated, CalibrateError> {
-    let method = recipe.gate_mode;
+    let How::Prompts { needs, init } = recipe.gate_mode.how else {
+        return Err(CalibrateError::Fitted { method: recipe.gate_mode.name });
+    };
     let rows: Vec<&Expert> = recipe.gated().collect();
     let names = names(&rows);
     let mut warnings = Vec::new();
-    let statistics = if method.needs == Needs::Nothing {
+    let statistics = if needs == Needs::Nothing {
         Statistics::default()
     } else {
         let Tokenized { experts, pad } = prompts::tokenize(recipe, base, &rows, &names, &mut warnings)?;
-        let layers = match method.needs {
+        let layers = match needs {
             Needs::Nothing | Needs::Embeddings => states::embeddings(base, &experts)?,
             Needs::LastState => states::run(&decoder()?, &experts, states::Pool::Last)?,
             Needs::MeanState => states::run(&decoder()?, &experts, states::Pool::Mean { pad })?,
@@ -136,7 +152,7 @@ pub fn gates(
     };
     let shape =
         Shape { layers: base.config.layers, experts: rows.len(), hidden: base.config.hidden, seed: recipe.seed.unwrap_or(DEFAULT_SEED) };
-    let all = (method.init)(shape, &statistics);
+    let all = init(shape, &statistics);
     let diagnosis = diagnose(&all);
     warnings.extend(diagnose::warnings(&diagnosis, &names.iter().map(String::as_str).collect::<Vec<_>>()));
     let (routed, shared): (Vec<Gate>, Vec<Gate>) = all.into_iter().map(|gate| gate.split(recipe.experts.len())).unzip();
@@ -145,7 +161,7 @@ pub fn gates(
 }
 
 /// What to call the experts: the last part of their path if that tells them apart, else all of it.
-fn names(experts: &[&Expert]) -> Vec<String> {
+pub fn names(experts: &[&Expert]) -> Vec<String> {
     let full: Vec<String> = experts.iter().map(|expert| expert.source_model.to_string()).collect();
     let short: Vec<&str> = full.iter().map(|name| name.trim_end_matches('/').rsplit('/').next().unwrap_or(name)).collect();
     let unique = |name: &&str| short.iter().filter(|other| *other == name).count() == 1;

@@ -23,8 +23,10 @@ use upcycle_architectures::{
 };
 use upcycle_routers::{
     gate::Gate,
+    init::{self, FitError, Fitted},
     linalg,
     route::{Rule, route},
+    statistics::{LayerStatistics, Shape},
 };
 
 use super::{
@@ -40,6 +42,8 @@ use crate::{
 
 /// Groups of sequences, each routed by a gate that did not see it.
 const FOLDS: usize = 4;
+/// Router inputs of each expert's text that a gate is fitted to as they are; more are summed up.
+const ROWS: usize = 16_384;
 /// How strongly a fitted matrix is held to the weighted mean, relative to the mean diagonal of its inputs' moments.
 const SHARED_RIDGE: f64 = 1e-2;
 /// How strongly a down projection is held to the expert's own, likewise.
@@ -185,7 +189,7 @@ impl Sweep<'_> {
         let target = (Tensor::cat(own, 0)? - &m)?;
 
         let r = shared.mlp_input(&m)?; // [N, D]
-        let (gate, held_out, note) = self.gate(texts, &r)?;
+        let (gate, held_out, note) = self.gate(l, texts, &r)?;
         let routing = route(&held_out, self.experts.len(), Rule { top_k: self.plan.top_k(), normalise: true });
 
         // The experts under that routing.
@@ -215,51 +219,29 @@ impl Sweep<'_> {
         Ok((gate, note))
     }
 
-    fn gate(&self, texts: &Texts, r: &Tensor) -> Result<(Gate, Vec<f32>, String), CalibrateError> {
-        let (n, d) = r.dims2()?;
-        let e = self.experts.len();
-        let y: Vec<f32> =
-            texts.labels.iter().flat_map(|&l| (0..e).map(move |i| f32::from(u8::from(i == l as usize)) - 1.0 / e as f32)).collect();
-        let y = Tensor::from_vec(y, (n, e), self.device)?;
-        let fit = |fold: Option<usize>| -> Result<Tensor, CalibrateError> {
-            let keep: Vec<f32> = texts.folds.iter().map(|f| if Some(*f) == fold { 0.0 } else { 1.0 }).collect();
-            let w = (&texts.weight * Tensor::from_vec(keep, (n, 1), self.device)?)?;
-            let x = r.broadcast_mul(&w)?;
-            solve(&x.t()?.matmul(r)?, 0.1, &y.t()?.matmul(&x)?)
-        };
-        let all = fit(None)?;
-        let mut held = vec![0f32; n * e];
-        for fold in 0..FOLDS {
-            let logits = r.matmul(&fit(Some(fold))?.t()?)?.flatten_all()?.to_vec1::<f32>()?;
-            for (i, f) in texts.folds.iter().enumerate() {
-                if *f == fold {
-                    held[i * e..(i + 1) * e].copy_from_slice(&logits[i * e..(i + 1) * e]);
-                }
-            }
+    /// The gate for router inputs `r`, [N, D]; logits, [N, E], of every token from the gate that did not see its fold; and how it came about.
+    fn gate(&self, l: usize, texts: &Texts, r: &Tensor) -> Result<(Gate, Vec<f32>, String), CalibrateError> {
+        let (n, hidden) = r.dims2()?;
+        let experts = self.experts.len();
+        let host = |tensor: &Tensor| tensor.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>();
+        let (inputs, weights) = (host(r)?, host(&texts.weight)?);
+        let mut statistics = LayerStatistics::new(Shape { hidden, domains: experts, folds: FOLDS, rows: ROWS });
+        let part = |i: usize| (texts.labels[i], texts.folds[i]);
+        let failed = |cause: FitError| CalibrateError::Gate { layer: l, cause };
+        for run in (0..n).collect::<Vec<_>>().chunk_by(|a, b| part(*a) == part(*b)) {
+            let counted = run.iter().filter(|i| weights[**i] > 0.0);
+            let rows: Vec<f32> = counted.flat_map(|i| &inputs[i * hidden..(i + 1) * hidden]).copied().collect();
+            let (domain, fold) = part(run[0]);
+            statistics.add(domain as usize, fold, &rows).map_err(|cause| failed(cause.into()))?;
         }
-        let weights = texts.weight.flatten_all()?.to_vec1::<f32>()?;
-        let nll = |s: f32| -> f32 {
-            held.chunks(e)
-                .zip(&texts.labels)
-                .zip(&weights)
-                .map(|((row, &l), w)| {
-                    let z: f32 = row.iter().map(|v| (s * v).exp()).sum();
-                    w * (z.ln() - s * row[l as usize])
-                })
-                .sum::<f32>()
-                / n as f32
-        };
-        let scale = (-6..18).map(|i| 2f32.powf(i as f32 / 2.0)).min_by(|a, b| nll(*a).total_cmp(&nll(*b))).unwrap_or(1.0);
-        held.iter_mut().for_each(|v| *v *= scale);
-        let accuracy: f32 = held
-            .chunks(e)
-            .zip(&texts.labels)
-            .zip(&weights)
-            .map(|((row, &l), w)| if row.iter().all(|v| *v <= row[l as usize]) { *w } else { 0.0 })
-            .sum::<f32>()
-            / n as f32;
-        let weight = (all * f64::from(scale))?.flatten_all()?.to_vec1::<f32>()?;
-        Ok((Gate { experts: e, hidden: d, weight }, held, format!("accuracy {accuracy:.3}, scale {scale}")))
+        let Fitted { gate, without, report } = init::fit(self.recipe.gate_mode.candidates(), &statistics).map_err(failed)?;
+        let mut logits = Vec::with_capacity(n * experts);
+        for run in (0..n).collect::<Vec<_>>().chunk_by(|a, b| texts.folds[*a] == texts.folds[*b]) {
+            let gate = without.get(texts.folds[run[0]]).unwrap_or(&gate);
+            let gate = Tensor::from_slice(&gate.weight, (experts, hidden), self.device)?;
+            logits.extend(host(&r.narrow(0, run[0], run.len())?.matmul(&gate.t()?)?)?);
+        }
+        Ok((gate, logits, report.why))
     }
 
     /// All down projections at once, one expert after the other (block Gauss-Seidel): minimises over the changes C_e

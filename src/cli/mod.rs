@@ -8,6 +8,7 @@ mod completions;
 mod compose;
 mod demo;
 mod doctor;
+mod eval;
 mod generation;
 mod inspect;
 mod model;
@@ -51,6 +52,8 @@ enum Command {
     Chat(chat::Args),
     /// One prompt in, text out
     Run(run::Args),
+    /// Perplexity per domain, beside the experts, their average and a perfect router
+    Eval(eval::Args),
     /// Show what a model is made of
     Inspect(inspect::Args),
     /// Devices, features, disk and memory
@@ -71,6 +74,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Serve(args) => serve::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Run(args) => run::run(args),
+        Command::Eval(args) => eval::run(args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Doctor(args) => doctor::run(args),
         Command::Completions(args) => {

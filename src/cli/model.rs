@@ -59,10 +59,16 @@ pub(crate) struct Loaded {
     pub(crate) sidecars: BTreeMap<String, Sidecar>,
 }
 
+/// Whether what the user calls a model is a recipe.
+pub(crate) fn is_recipe(model: &str) -> bool {
+    let path = Path::new(model);
+    path.is_file() && path.extension().is_some_and(|end| end == "yml" || end == "yaml")
+}
+
 /// Opens a model; a recipe is composed in memory.
 pub(crate) fn open(model: &str, options: &recipe::Options, device: &DeviceArgs) -> anyhow::Result<Loaded> {
     let path = Path::new(model);
-    if path.is_file() && path.extension().is_some_and(|end| end == "yml" || end == "yaml") {
+    if is_recipe(model) {
         let mut recipe = recipe::read(path, options)?;
         let composite = recipe::composite(&mut recipe, options, device)?;
         let sidecars = composite.sources.base().sidecars.clone();

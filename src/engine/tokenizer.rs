@@ -307,6 +307,8 @@ mod tests {
         assert_eq!(tokenizer.encode("<s>a", Specials::Add).unwrap(), [256, 97]);
         assert_eq!(tokenizer.encode("<s>a<turn>", Specials::Written).unwrap(), [256, 97, 258]);
         assert_eq!(tokenizer.encode("a", Specials::Written).unwrap(), [97]);
+        assert_eq!(tokenizer.prefix().unwrap(), Some(256));
+        assert_eq!(metaspace().prefix().unwrap(), None);
     }
 
     #[test]

@@ -153,13 +153,15 @@ pub fn parse(text: &str, file: &Path, allow: &[String]) -> Result<(Recipe, Vec<P
 impl Recipe {
     /// Whether the gates are fitted to the router's true inputs, rather than made from prompts or drawn.
     pub fn fitted(&self) -> bool {
-        self.gate_mode.name == "ridge"
+        self.gate_mode.needs().is_none()
     }
 
     /// Whose gates are set: the routed experts, then the shared expert if it has prompts or the method needs none.
     pub fn gated(&self) -> impl Iterator<Item = &Expert> {
-        let shared =
-            self.shared_experts.iter().filter(|shared| self.gate_mode.needs == Needs::Nothing || !shared.positive_prompts.is_empty());
+        let shared = self
+            .shared_experts
+            .iter()
+            .filter(|shared| self.gate_mode.needs() == Some(Needs::Nothing) || !shared.positive_prompts.is_empty());
         self.experts.iter().chain(shared)
     }
 

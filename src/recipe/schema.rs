@@ -166,13 +166,15 @@ impl<'t> Reader<'t> {
         let seed = self.given(&fields, "seed", |reader, entry| reader.whole(entry, 0));
 
         let (experts, expert): (Vec<_>, Vec<_>) = experts?.into_iter().unzip();
+        let gate_mode = gate_mode.or_else(|| init::find("hidden"))?;
+        let usual = if gate_mode.all_experts { experts.len() } else { 2 };
         let recipe = Recipe {
             base_model: base_model?,
             experts,
             shared_experts: shared_experts.unwrap_or_default().into_iter().map(|(expert, _)| expert).collect(),
-            gate_mode: gate_mode.or_else(|| init::find("hidden"))?,
+            gate_mode,
             dtype,
-            experts_per_token: experts_per_token.unwrap_or(2),
+            experts_per_token: experts_per_token.unwrap_or(usual),
             architecture,
             shared: shared.unwrap_or_default(),
             repair,

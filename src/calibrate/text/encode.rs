@@ -112,7 +112,7 @@ impl FromIterator<(u32, bool)> for Sequence {
     }
 }
 
-/// A token of no bytes is white space that stands before its place.
+/// A token that is said in part is said. A token of no bytes is white space that stands before its place.
 fn overlap(token: &Range<usize>, span: &Range<usize>) -> bool {
     token.end > span.start && if token.is_empty() { token.end <= span.end } else { token.start < span.end }
 }
@@ -121,12 +121,13 @@ fn overlap(token: &Range<usize>, span: &Range<usize>) -> bool {
 fn render(template: &ChatTemplate, messages: &[Value]) -> Result<(String, Vec<Range<usize>>), TemplateError> {
     let add_generation_prompt = messages.last().is_none_or(|message| message["role"] != "assistant");
     // No date: the same text must come out tomorrow.
+    let messages: Vec<Value> = messages.iter().map(joined).collect();
     let rendered = |messages: &[Value]| template.render(&Chat { messages, add_generation_prompt, variables: &Map::new(), now: None });
     let marked = |edit: fn(&str) -> &str| {
         let messages: Vec<Value> = messages.iter().map(|message| marked(message, edit)).collect();
         rendered(&messages).map(|text| unmarked(&text))
     };
-    let plain = rendered(messages)?;
+    let plain = rendered(&messages)?;
     let as_is = marked(|text| text)?;
     if as_is.0 == plain {
         return Ok(as_is);
@@ -135,21 +136,23 @@ fn render(template: &ChatTemplate, messages: &[Value]) -> Result<(String, Vec<Ra
     marked(str::trim)
 }
 
+/// The message with its parts, if it has some, as one text, as the server joins them.
+fn joined(message: &Value) -> Value {
+    let mut message = message.clone();
+    if let Some(content) = message.get_mut("content")
+        && let Value::Array(parts) = content
+    {
+        *content = parts.iter().filter_map(|part| part["text"].as_str()).collect::<Vec<_>>().join("\n").into();
+    }
+    message
+}
+
 /// The message with marks around what it says. A system prompt counts as part of the template.
 fn marked(message: &Value, edit: fn(&str) -> &str) -> Value {
-    let mark = |text: &mut Value| {
-        if let Value::String(text) = text {
-            *text = format!("{}{}{}", MARKS[0], edit(text), MARKS[1]);
-        }
-    };
     let mut message = message.clone();
-    if message["role"] == "system" || message["role"] == "developer" {
-        return message;
-    }
-    match message.get_mut("content") {
-        Some(Value::Array(parts)) => parts.iter_mut().filter_map(|part| part.get_mut("text")).for_each(mark),
-        Some(content) => mark(content),
-        None => {}
+    let system = message["role"] == "system" || message["role"] == "developer";
+    if let Some(Value::String(text)) = message.get_mut("content").filter(|_| !system) {
+        *text = format!("{}{}{}", MARKS[0], edit(text), MARKS[1]);
     }
     message
 }

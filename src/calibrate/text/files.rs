@@ -110,15 +110,8 @@ fn utf8<'b>(path: &Path, at: u64, bytes: &'b [u8]) -> Result<&'b str, TextError>
 
 /// `file:line` of a byte, counted only when there is something to complain of.
 fn place(path: &Path, at: u64) -> String {
-    let count = || {
-        let mut before = BufReader::new(File::open(path).ok()?.into_parts().0.take(at));
-        let mut lines = 1;
-        while before.skip_until(b'\n').ok()? > 0 {
-            lines += 1;
-        }
-        Some(lines)
-    };
-    count().map_or_else(|| path.display().to_string(), |line: u64| format!("{}:{line}", path.display()))
+    let count = || Some(1 + BufReader::new(File::open(path).ok()?).take(at).bytes().flatten().filter(|byte| *byte == b'\n').count());
+    count().map_or_else(|| path.display().to_string(), |line| format!("{}:{line}", path.display()))
 }
 
 struct Lines<'p> {
@@ -183,7 +176,11 @@ fn parse(line: &str, encoder: &Encoder, options: &TextOptions) -> Result<Vec<Seq
         let messages = messages.as_array().filter(|messages| !messages.is_empty());
         let messages = messages.ok_or_else(|| Line::Broken("`messages` must be a list of messages".to_owned()))?;
         let no_template = || Line::Broken("it is a chat, but the base model has no chat template: use `{\"text\": ..}`".to_owned());
-        let mut chat = encoder.chat(messages)?.ok_or_else(no_template)?;
+        let chat = encoder.chat(messages).map_err(|error| match error {
+            TextError::Template(error) => Line::Broken(error.to_string()),
+            error => Line::Text(error),
+        });
+        let mut chat = chat?.ok_or_else(no_template)?;
         chat.truncate((CHAT * options.window).min(encoder.context));
         return Ok(vec![chat]);
     }

@@ -202,5 +202,12 @@ fn written(
         let (name, dropped, all) = (author.name, written.dropped, written.dropped + written.sequences.len());
         warnings.push(format!("expert `{name}`: {dropped} of the {all} texts that it wrote only repeat themselves and are left out"));
     }
+    let TextOptions { continuations, length, .. } = *author.options;
+    let counted: usize = written.sequences.iter().map(Sequence::counted).sum();
+    if 4 * counted < (continuations - continuations.min(written.dropped)) * length {
+        let (name, all) = (author.name, continuations * length);
+        warnings
+            .push(format!("expert `{name}` ends its texts early: they have {counted} tokens, not {all}; a `text_file` would tell more"));
+    }
     Ok((written, cached))
 }

@@ -85,7 +85,7 @@ pub(super) fn form(recipe: &Recipe, sources: &Sources, encoder: &Encoder) -> Res
 /// What the expert goes on from in one form. Words that are not the recipe's own do not count.
 pub(super) fn starts(expert: &Expert, form: Form, encoder: &Encoder) -> Result<Vec<Sequence>, TextError> {
     let start = |text: &str| -> Result<Sequence, TextError> {
-        let text = encoder.shortened(text, PROMPT)?;
+        let text = encoder.shortened(text, PROMPT.min(encoder.context / 2))?;
         Ok(match form {
             Form::Plain => encoder.prefixed(encoder.text(text)?),
             Form::Chat => encoder.chat(&[json!({"role": "user", "content": text})])?.unwrap_or_default(),

@@ -100,13 +100,14 @@ pub(super) fn write(author: &Author<'_>, decoder: &Decoder, starts: &[(Form, Vec
                 written.dropped += 1;
                 continue;
             };
+            if text.is_empty() {
+                continue;
+            }
             let start = starts[number % starts.len()].clone();
             let start = if number < starts.len() { start } else { start.uncounted() };
             let sequence: Sequence =
                 start.tokens.into_iter().zip(start.counts).chain(text.into_iter().map(|token| (token, true))).collect();
-            if sequence.counted() > 0 {
-                written.sequences.push(sequence);
-            }
+            written.sequences.push(sequence);
         }
         begun = end;
     }

@@ -1,0 +1,211 @@
+//! A composite beside everything that it competes with: base, experts, their mean, no gate, mergekit's gate, a perfect router, the oracle.
+//!
+//! One model is loaded at a time, straight off the maps; nothing is written.
+
+use candle_core::{DType, Device};
+use upcycle_architectures::{
+    Config, Family, Weights, WeightsError,
+    decoder::{Decoder, DecoderError},
+};
+
+use super::{
+    average::Average,
+    perplexity::{self, Loss, Window},
+    report::{Kind, Row},
+    routing::{Choices, Observer, Router},
+};
+use crate::{plan::Composite, recipe::Recipe, source::Source};
+
+/// A text of one domain.
+#[derive(Debug, Clone)]
+pub struct Text {
+    /// of the domain
+    pub name: String,
+    /// what of it is read
+    pub windows: Vec<Window>,
+    /// the expert that the domain belongs to
+    pub expert: Option<usize>,
+}
+
+/// Is told how an evaluation goes.
+pub trait Progress {
+    /// A model begins, which will read so many windows.
+    fn begin(&self, row: &str, windows: usize);
+    /// So many more windows are read.
+    fn advance(&self, windows: usize);
+}
+
+/// Where and how to compute, and who is told.
+pub struct Setting<'a> {
+    /// the device
+    pub device: Device,
+    /// the type to compute in
+    pub dtype: DType,
+    /// is told
+    pub progress: &'a dyn Progress,
+}
+
+/// Why there are no figures.
+#[derive(Debug, thiserror::Error)]
+#[error("{row}: {source}")]
+pub struct EvalError {
+    /// of the table
+    pub row: String,
+    /// what went wrong
+    pub source: DecoderError,
+}
+
+impl EvalError {
+    fn of(row: &str) -> impl Fn(DecoderError) -> Self {
+        move |source| Self { row: row.to_owned(), source }
+    }
+}
+
+/// What a recipe's evaluation found.
+#[derive(Debug, Default)]
+pub struct Evaluation {
+    /// in the order in which they are shown
+    pub rows: Vec<Row>,
+    /// of the recipe's own gates: [text][layer]
+    pub choices: Vec<Vec<Choices>>,
+    /// what could not be had, and why
+    pub notes: Vec<String>,
+}
+
+/// One model as it is: its losses, and what its gates chose if it has some, [text][layer].
+pub fn model(
+    name: &str,
+    (family, config): (&Family, &Config),
+    weights: &dyn Weights,
+    texts: &[Text],
+    setting: &Setting<'_>,
+) -> Result<(Row, Vec<Vec<Choices>>), EvalError> {
+    let decoder = Decoder::load(family, config, weights, setting.dtype, &setting.device).map_err(EvalError::of(name))?;
+    read(name, Kind::Model, &decoder, texts, setting, |_| Some(Router::Gates))
+}
+
+/// Every row of a recipe. `hidden` is the composite that mergekit would make of it.
+pub fn recipe(
+    recipe: &Recipe,
+    composite: &Composite,
+    hidden: Option<&Composite>,
+    names: &[String],
+    texts: &[Text],
+    setting: &Setting<'_>,
+) -> Result<Evaluation, EvalError> {
+    let mut evaluation = Evaluation::default();
+    let sources = &composite.sources;
+    let base = sources.base();
+    let dense = |name: &str, kind, source: &Source| -> Result<Row, EvalError> {
+        let (row, _) = model(name, (source.family, &source.config), &*source.weights, texts, setting)?;
+        Ok(Row { kind, ..row })
+    };
+    evaluation.rows.push(dense("base", Kind::Base, base)?);
+    let mut experts: Vec<Row> = Vec::new();
+    for (e, name) in names.iter().enumerate() {
+        let reference = &recipe.experts[e].source_model;
+        let label = format!("expert `{name}`");
+        let earlier = recipe.experts[..e].iter().position(|earlier| earlier.source_model == *reference);
+        let known = earlier.map(|earlier| &experts[earlier]).or_else(|| (*reference == base.reference).then(|| &evaluation.rows[0]));
+        let row = match known {
+            Some(row) => Row { name: label, kind: Kind::Expert, losses: row.losses.clone() },
+            None => dense(&label, Kind::Expert, sources.get(reference))?,
+        };
+        experts.push(row);
+    }
+    let oracle = oracle(&experts, texts);
+    evaluation.rows.extend(experts);
+
+    let all = recipe.experts.iter().map(|expert| sources.get(&expert.source_model)).collect();
+    match Average::new(base, all, composite.plan.dtype) {
+        Ok(average) => {
+            let (row, _) = model("average", (average.family, &average.config), &average, texts, setting)?;
+            evaluation.rows.push(Row { kind: Kind::Average, ..row });
+        }
+        Err(error) => evaluation.notes.push(no_average(&error)),
+    }
+
+    let load = |name: &str, composite: &Composite| {
+        Decoder::load(composite.plan.family(), &composite.plan.config, composite, setting.dtype, &setting.device)
+            .map_err(EvalError::of(name))
+    };
+    if let Some(hidden) = hidden {
+        let name = "mergekit `hidden`";
+        evaluation.rows.push(read(name, Kind::Hidden, &load(name, hidden)?, texts, setting, |_| Some(Router::Gates))?.0);
+    }
+    let decoder = load("this recipe", composite)?;
+    let composite = |name: &str, kind, router: &dyn Fn(&Text) -> Option<Router>| read(name, kind, &decoder, texts, setting, router);
+    evaluation.rows.push(composite("uniform", Kind::Uniform, &|_| Some(Router::Uniform))?.0);
+    let (row, choices) = composite("this recipe", Kind::Recipe, &|_| Some(Router::Gates))?;
+    evaluation.rows.push(row);
+    evaluation.choices = choices;
+    evaluation.rows.push(composite("perfect router", Kind::Perfect, &|text| text.expert.map(Router::Only))?.0);
+    evaluation.rows.push(oracle);
+    evaluation.rows.sort_by_key(|row| row.kind);
+    Ok(evaluation)
+}
+
+fn no_average(error: &WeightsError) -> String {
+    format!("there is no row for the average: the experts cannot be averaged ({error})")
+}
+
+/// Each expert alone on its own texts.
+fn oracle(experts: &[Row], texts: &[Text]) -> Row {
+    let own = |(t, text): (usize, &Text)| text.expert.map_or_else(Vec::new, |e| experts[e].losses[t].clone());
+    Row { name: "oracle".to_owned(), kind: Kind::Oracle, losses: texts.iter().enumerate().map(own).collect() }
+}
+
+/// Reads every text for which there is a router.
+fn read(
+    name: &str,
+    kind: Kind,
+    decoder: &Decoder,
+    texts: &[Text],
+    setting: &Setting<'_>,
+    router: impl Fn(&Text) -> Option<Router>,
+) -> Result<(Row, Vec<Vec<Choices>>), EvalError> {
+    let routers: Vec<Option<Router>> = texts.iter().map(router).collect();
+    let windows = texts.iter().zip(&routers).filter(|(_, router)| router.is_some()).map(|(text, _)| text.windows.len()).sum();
+    setting.progress.begin(name, windows);
+    let (mut losses, mut choices): (Vec<Vec<Loss>>, Vec<_>) = (Vec::new(), Vec::new());
+    for (text, router) in texts.iter().zip(routers) {
+        let mut observer = Observer::new(decoder, router.unwrap_or(Router::Gates));
+        losses.push(match router {
+            Some(_) => perplexity::losses(decoder, &text.windows, &mut observer, &mut |done| setting.progress.advance(done))
+                .map_err(EvalError::of(name))?,
+            None => Vec::new(),
+        });
+        choices.push(observer.layers);
+    }
+    Ok((Row { name: name.to_owned(), kind, losses }, choices))
+}
+
+/// Which expert each domain belongs to: the one of that name, or the one whose name has the domain's as a word (`mlp-code` has `code`).
+/// If no name fits and there is a text for each expert, they belong together in their order: the second value is then true.
+pub fn match_experts(domains: &[&str], experts: &[String]) -> (Vec<Option<usize>>, bool) {
+    let has_word = |expert: &str, domain: &str| expert.split(|c: char| !c.is_alphanumeric()).any(|word| word.eq_ignore_ascii_case(domain));
+    let find = |domain: &&str| {
+        let exact = experts.iter().position(|expert| expert.eq_ignore_ascii_case(domain));
+        let mut words = (0..experts.len()).filter(|&e| has_word(&experts[e], domain));
+        exact.or_else(|| words.next().filter(|_| words.next().is_none()))
+    };
+    let matched: Vec<Option<usize>> = domains.iter().map(find).collect();
+    if matched.iter().all(Option::is_none) && domains.len() == experts.len() {
+        return ((0..experts.len()).map(Some).collect(), true);
+    }
+    (matched, false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::match_experts;
+
+    #[test]
+    fn domains_find_their_experts() {
+        let experts = ["mlp-code", "mlp-bible", "german"].map(str::to_owned);
+        assert_eq!(match_experts(&["german", "Code", "prose"], &experts), (vec![Some(2), Some(0), None], false));
+        assert_eq!(match_experts(&["mlp", "prose"], &experts), (vec![None, None], false), "two experts have that word");
+        assert_eq!(match_experts(&["a", "b", "c"], &experts), (vec![Some(0), Some(1), Some(2)], true));
+        assert_eq!(match_experts(&["a", "b"], &experts), (vec![None, None], false));
+    }
+}
