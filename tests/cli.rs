@@ -61,7 +61,8 @@ fn a_recipe_alone_can_be_checked() {
       "dtype": null,
       "experts_per_token": 1,
       "architecture": null,
-      "shared": "base",
+      "shared": "auto",
+      "repair": null,
       "chat_template": "auto",
       "tokenizer": null,
       "layout": "classic",
@@ -102,7 +103,7 @@ fn mistakes_in_a_recipe_end_with_exit_code_1() {
     2 | expert_per_token: 1
       | ^^^^^^^^^^^^^^^^
       |
-    hint: did you mean `experts_per_token`? A recipe has the keys `base_model`, `experts`, `shared_experts`, `gate_mode`, `dtype`, `experts_per_token`, `architecture`, `shared`, `chat_template`, `tokenizer`, `layout`, `seed`
+    hint: did you mean `experts_per_token`? A recipe has the keys `base_model`, `experts`, `shared_experts`, `gate_mode`, `dtype`, `experts_per_token`, `architecture`, `shared`, `repair`, `chat_template`, `tokenizer`, `layout`, `seed`
 
     error: unknown value `hiden` for `gate_mode`
      --> recipe.yml:3:12
@@ -110,7 +111,7 @@ fn mistakes_in_a_recipe_end_with_exit_code_1() {
     3 | gate_mode: hiden
       |            ^^^^^
       |
-    hint: did you mean `hidden`? It is one of `hidden`, `hidden_avg`, `cheap_embed`, `random`, `uniform_random`
+    hint: did you mean `hidden`? It is one of `ridge`, `hidden`, `hidden_avg`, `cheap_embed`, `random`, `uniform_random`
     ");
     assert_snapshot!(with_recipe("", &["plan", "no-such.yml"]), @"
     $ upcycle plan no-such.yml

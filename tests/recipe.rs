@@ -95,7 +95,7 @@ fn a_sound_recipe_is_passed_without_a_word() {
     shared_experts:
     gate_mode: "hidden"
     experts_per_token: 1
-    shared: "base"
+    shared: "auto"
     chat_template: "auto"
     layout: "classic"
     "#);
@@ -175,7 +175,7 @@ fn nothing_given_is_the_default() {
     let recipe = parsed(&with(nulls).replace("gate_mode: hidden\nexperts_per_token: 1\n", ""));
     assert_eq!((recipe.gate_mode.name, recipe.experts_per_token, recipe.chat_template), ("hidden", 2, None));
     assert_eq!((recipe.dtype, recipe.seed, recipe.architecture, recipe.tokenizer), (None, None, None, None));
-    assert_eq!((recipe.shared, recipe.layout, recipe.shared_experts.len()), (Shared::Base, Layout::Classic, 0));
+    assert_eq!((recipe.shared, recipe.layout, recipe.shared_experts.len()), (Shared::Auto, Layout::Classic, 0));
 }
 
 #[test]
@@ -189,7 +189,7 @@ fn a_byte_order_mark_and_windows_line_ends_are_no_matter() {
     2 | gate_mode: hiden
       |            ^^^^^
       |
-    hint: did you mean `hidden`? It is one of `hidden`, `hidden_avg`, `cheap_embed`, `random`, `uniform_random`
+    hint: did you mean `hidden`? It is one of `ridge`, `hidden`, `hidden_avg`, `cheap_embed`, `random`, `uniform_random`
     ");
 }
 
@@ -344,6 +344,8 @@ fn broken_yaml() {
       |
     6 |     positive_prompts: ["Write a function that sorts a list, "Why does this loop never end?"]
       |                                                              ^
+      |
+    hint: check the indentation and the quotes here and in the line above
     "#);
     assert_snapshot!(told("gate_mode: hidden", "gate_mode: hidden: random"), @"
     error: mapping values are not allowed in this context
@@ -351,6 +353,8 @@ fn broken_yaml() {
       |
     2 | gate_mode: hidden: random
       |                  ^
+      |
+    hint: check the indentation and the quotes here and in the line above
     ");
     assert_snapshot!(told("gate_mode: hidden", "gate_mode: hidden\ngate_mode: random"), @"
     error: duplicate mapping key `gate_mode` is not allowed here
@@ -358,6 +362,8 @@ fn broken_yaml() {
       |
     3 | gate_mode: random
       | ^^^^^^^^^
+      |
+    hint: check the indentation and the quotes here and in the line above
     ");
     assert_snapshot!(told("  - source_model: one\n    positive", "  - source_model: one\n   positive"), @r#"
     error: while parsing a block collection, did not find expected '-' indicator
@@ -365,6 +371,8 @@ fn broken_yaml() {
       |
     6 |    positive_prompts: ["Write a function that sorts a list", "Why does this loop never end?"]
       |    ^
+      |
+    hint: check the indentation and the quotes here and in the line above
     "#);
     assert_snapshot!(verdict("a: &a [*a]", &[]), @"
     error: Recursive reference not allowed here
@@ -372,6 +380,8 @@ fn broken_yaml() {
       |
     1 | a: &a [*a]
       |        ^^
+      |
+    hint: check the indentation and the quotes here and in the line above
     ");
 }
 
@@ -384,7 +394,7 @@ fn unknown_keys_and_values() {
     2 | gatemode: hidden
       | ^^^^^^^^
       |
-    hint: did you mean `gate_mode`? A recipe has the keys `base_model`, `experts`, `shared_experts`, `gate_mode`, `dtype`, `experts_per_token`, `architecture`, `shared`, `chat_template`, `tokenizer`, `layout`, `seed`
+    hint: did you mean `gate_mode`? A recipe has the keys `base_model`, `experts`, `shared_experts`, `gate_mode`, `dtype`, `experts_per_token`, `architecture`, `shared`, `repair`, `chat_template`, `tokenizer`, `layout`, `seed`
     ");
     assert_snapshot!(told("positive_prompts", "postive_prompts"), @r#"
     error: unknown key `postive_prompts` in an expert
@@ -402,7 +412,7 @@ fn unknown_keys_and_values() {
     2 | gate_mode: hiden
       |            ^^^^^
       |
-    hint: did you mean `hidden`? It is one of `hidden`, `hidden_avg`, `cheap_embed`, `random`, `uniform_random`
+    hint: did you mean `hidden`? It is one of `ridge`, `hidden`, `hidden_avg`, `cheap_embed`, `random`, `uniform_random`
     ");
     assert_snapshot!(told("gate_mode: hidden", "gate_mode: learned"), @"
     error: unknown value `learned` for `gate_mode`
@@ -411,7 +421,7 @@ fn unknown_keys_and_values() {
     2 | gate_mode: learned
       |            ^^^^^^^
       |
-    hint: it is one of `hidden`, `hidden_avg`, `cheap_embed`, `random`, `uniform_random`
+    hint: it is one of `ridge`, `hidden`, `hidden_avg`, `cheap_embed`, `random`, `uniform_random`
     ");
     assert_snapshot!(verdict(&with("dtype: int8"), &[]), @"
     error: unknown value `int8` for `dtype`
@@ -429,7 +439,7 @@ fn unknown_keys_and_values() {
     9 | shared: avarage
       |         ^^^^^^^
       |
-    hint: did you mean `average`? It is one of `base`, `average`
+    hint: did you mean `average`? It is one of `auto`, `base`, `average`, `fit`
     ");
     assert_snapshot!(verdict(&with("architecture: mixtrl"), &[]), @"
     error: unknown value `mixtrl` for `architecture`
@@ -447,7 +457,7 @@ fn unknown_keys_and_values() {
     9 | frobnicate: 3
       | ^^^^^^^^^^
       |
-    hint: a recipe has the keys `base_model`, `experts`, `shared_experts`, `gate_mode`, `dtype`, `experts_per_token`, `architecture`, `shared`, `chat_template`, `tokenizer`, `layout`, `seed`
+    hint: a recipe has the keys `base_model`, `experts`, `shared_experts`, `gate_mode`, `dtype`, `experts_per_token`, `architecture`, `shared`, `repair`, `chat_template`, `tokenizer`, `layout`, `seed`
     ");
 }
 
@@ -600,7 +610,7 @@ fn keys_of_neighbouring_tools() {
     shared_experts:
     gate_mode: "hidden"
     experts_per_token: 1
-    shared: "base"
+    shared: "auto"
     chat_template: "auto"
     layout: "classic"
 
@@ -629,7 +639,7 @@ fn keys_of_neighbouring_tools() {
     shared_experts:
     gate_mode: "hidden"
     experts_per_token: 1
-    shared: "base"
+    shared: "auto"
     chat_template: "auto"
     layout: "classic"
 
@@ -671,7 +681,7 @@ fn several_mistakes_are_shown_at_once() {
     3 | experts_per_tok: 0
       | ^^^^^^^^^^^^^^^
       |
-    hint: did you mean `experts_per_token`? A recipe has the keys `base_model`, `experts`, `shared_experts`, `gate_mode`, `dtype`, `experts_per_token`, `architecture`, `shared`, `chat_template`, `tokenizer`, `layout`, `seed`
+    hint: did you mean `experts_per_token`? A recipe has the keys `base_model`, `experts`, `shared_experts`, `gate_mode`, `dtype`, `experts_per_token`, `architecture`, `shared`, `repair`, `chat_template`, `tokenizer`, `layout`, `seed`
 
     error: unknown value `hiden` for `gate_mode`
      --> recipe.yml:2:12
@@ -679,7 +689,7 @@ fn several_mistakes_are_shown_at_once() {
     2 | gate_mode: hiden
       |            ^^^^^
       |
-    hint: did you mean `hidden`? It is one of `hidden`, `hidden_avg`, `cheap_embed`, `random`, `uniform_random`
+    hint: did you mean `hidden`? It is one of `ridge`, `hidden`, `hidden_avg`, `cheap_embed`, `random`, `uniform_random`
     ");
 }
 
@@ -752,7 +762,7 @@ fn what_is_refused_unless_allowed() {
     shared_experts:
     gate_mode: "hidden"
     experts_per_token: 1
-    shared: "base"
+    shared: "auto"
     chat_template: "auto"
     layout: "classic"
 
@@ -811,7 +821,7 @@ fn what_is_refused_unless_allowed() {
     shared_experts:
     gate_mode: "random"
     experts_per_token: 1
-    shared: "base"
+    shared: "auto"
     chat_template: "auto"
     layout: "classic"
 

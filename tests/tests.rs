@@ -11,6 +11,7 @@
 
 mod support;
 
+mod bad_input;
 mod cli;
 mod compose;
 mod engine;

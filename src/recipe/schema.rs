@@ -126,7 +126,7 @@ impl<'t> Reader<'t> {
         let root = match yaml::parse(&file.text) {
             Ok(root) => root,
             Err((message, span)) => {
-                self.error(&span, message, None);
+                self.error(&span, message, Some("check the indentation and the quotes here and in the line above".into()));
                 return None;
             }
         };
