@@ -12,10 +12,14 @@ pub const HOST: &str = "UPCYCLE_HOST";
 /// Port that `serve` listens on; `--port` wins.
 pub const PORT: &str = "UPCYCLE_PORT";
 
+/// Directory of what can be made again: text that experts wrote, fits.
+pub const CACHE: &str = "UPCYCLE_CACHE";
+
 /// Name and meaning of each variable, for `doctor`.
 pub const VARIABLES: &[(&str, &str)] = &[
     (HOST, "address that `serve` listens on, if there is no --host"),
     (PORT, "port that `serve` listens on, if there is no --port"),
+    (CACHE, "directory of what can be made again: text that experts wrote, fits"),
     ("HF_HUB_CACHE", "directory of the models fetched from the Hub"),
     ("HUGGINGFACE_HUB_CACHE", "older name of HF_HUB_CACHE"),
     ("HF_HOME", "directory of everything of the Hub's: cache in hub/, token in token"),
@@ -28,6 +32,13 @@ pub const VARIABLES: &[(&str, &str)] = &[
     ("HF_HUB_OFFLINE", "1: only the cache is used"),
     ("TRANSFORMERS_OFFLINE", "older name of HF_HUB_OFFLINE"),
 ];
+
+/// Where text that experts wrote and fits are kept: `UPCYCLE_CACHE`, else `upcycle/` in the user's cache directory.
+pub fn cache() -> PathBuf {
+    let path = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let user = || path("XDG_CACHE_HOME").unwrap_or_else(|| env::home_dir().unwrap_or_default().join(".cache"));
+    path(CACHE).unwrap_or_else(|| user().join("upcycle"))
+}
 
 /// The Hub as the environment describes it.
 pub fn hub() -> Hub {

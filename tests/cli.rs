@@ -41,6 +41,7 @@ fn a_recipe_alone_can_be_checked() {
             "Write a function that sorts a list"
           ],
           "negative_prompts": [],
+          "text_file": null,
           "noise_scale": null,
           "residual_scale": null
         },
@@ -50,6 +51,7 @@ fn a_recipe_alone_can_be_checked() {
             "Compose a sonnet about rain."
           ],
           "negative_prompts": [],
+          "text_file": null,
           "noise_scale": null,
           "residual_scale": null
         }
@@ -60,7 +62,7 @@ fn a_recipe_alone_can_be_checked() {
       "experts_per_token": 1,
       "architecture": null,
       "shared": "base",
-      "chat_template": false,
+      "chat_template": "auto",
       "tokenizer": null,
       "layout": "classic",
       "seed": null

@@ -48,20 +48,20 @@ impl Models {
         }
         recipe::parse(&text, &self.path("recipe.yml"), &["identical-prompts".parse().unwrap()]).unwrap().0
     }
+}
 
-    fn plan(&self, recipe: &Recipe) -> Result<(Plan, Sources), PlanError> {
-        let sources = Sources::open(recipe, |reference, _| source::open(reference, &OpenOptions::default())).unwrap();
-        Ok((plan::plan(recipe, &sources, &[])?, sources))
-    }
+fn plan(recipe: &Recipe) -> Result<(Plan, Sources), PlanError> {
+    let sources = Sources::open(recipe, |reference, _| source::open(reference, &OpenOptions::default())).unwrap();
+    Ok((plan::plan(recipe, &sources, &[])?, sources))
+}
 
-    fn composite(&self, recipe: &Recipe) -> Composite {
-        let (plan, sources) = self.plan(recipe).unwrap();
-        let rows = recipe.experts.len() * models::HIDDEN;
-        let weight = |l: usize| (0..rows).map(|i| (l * rows + i) as f32 / 64.0).collect();
-        let gate = |l| Gate { experts: recipe.experts.len(), hidden: models::HIDDEN, weight: weight(l) };
-        let routed = (0..models::LAYERS).map(gate).collect();
-        plan::composite(plan, sources, Gates { routed, shared: Vec::new() })
-    }
+fn composite(recipe: &Recipe) -> Composite {
+    let (plan, sources) = plan(recipe).unwrap();
+    let rows = recipe.experts.len() * models::HIDDEN;
+    let weight = |l: usize| (0..rows).map(|i| (l * rows + i) as f32 / 64.0).collect();
+    let gate = |l| Gate { experts: recipe.experts.len(), hidden: models::HIDDEN, weight: weight(l) };
+    let routed = (0..models::LAYERS).map(gate).collect();
+    plan::composite(plan, sources, Gates { routed, shared: Vec::new() }, None)
 }
 
 type Tensors = BTreeMap<String, (Vec<usize>, Vec<u8>)>;
@@ -105,7 +105,7 @@ fn every_tensor_has_its_source_s_bytes() {
     for (family, router, expert, projections) in LAYOUTS {
         let models = Models::new(family);
         let recipe = models.recipe("gate_mode: random", "");
-        let composite = models.composite(&recipe);
+        let composite = composite(&recipe);
         let out = models.path("out");
         let mut written = written(&composite, &recipe, &out);
         let base = tensors(&models.path("base"));
@@ -142,7 +142,7 @@ fn every_tensor_has_its_source_s_bytes() {
 fn the_config_has_both_spellings_and_every_eos() {
     let models = Models::new("llama");
     let recipe = models.recipe("gate_mode: random", "");
-    let (plan, _) = models.plan(&recipe).unwrap();
+    let (plan, _) = plan(&recipe).unwrap();
     let config = &plan.config_json;
     for (old, new) in [("num_local_experts", "num_experts"), ("torch_dtype", "dtype")] {
         assert_eq!(config[old], config[new], "{old}");
@@ -160,7 +160,7 @@ fn the_config_has_both_spellings_and_every_eos() {
 fn shards_are_cut_in_order_and_indexed() {
     let models = Models::new("llama");
     let recipe = models.recipe("gate_mode: random", "");
-    let composite = models.composite(&recipe);
+    let composite = composite(&recipe);
     let (whole, cut) = (models.path("whole"), models.path("cut"));
     let options = Options { shard_size: 20_000, ..Options::default() };
     let written_shards = write::write(&composite, &recipe, &cut, &options, &Silent).unwrap().shards;
@@ -181,7 +181,7 @@ fn shards_are_cut_in_order_and_indexed() {
 fn an_interrupted_write_goes_on_and_ends_with_the_same_bytes() {
     let models = Models::new("llama");
     let recipe = models.recipe("gate_mode: random", "");
-    let composite = models.composite(&recipe);
+    let composite = composite(&recipe);
     let options = Options { shard_size: 20_000, ..Options::default() };
     let (whole, broken) = (models.path("whole"), models.path("broken"));
     let shards = write::write(&composite, &recipe, &whole, &options, &Silent).unwrap().shards;
@@ -214,13 +214,11 @@ fn a_changed_recipe_starts_over() {
             panic!("killed");
         }
     }
-    assert!(
-        std::panic::catch_unwind(AssertUnwindSafe(|| write::write(&models.composite(&recipe), &recipe, &out, &options, &Stop))).is_err()
-    );
+    assert!(std::panic::catch_unwind(AssertUnwindSafe(|| write::write(&composite(&recipe), &recipe, &out, &options, &Stop))).is_err());
     let other = models.recipe("gate_mode: random\ndtype: float32", "");
-    let resumed = write::write(&models.composite(&other), &other, &out, &options, &Silent).unwrap();
+    let resumed = write::write(&composite(&other), &other, &out, &options, &Silent).unwrap();
     assert_eq!(resumed.found, 0);
-    write::write(&models.composite(&other), &other, &whole, &options, &Silent).unwrap();
+    write::write(&composite(&other), &other, &whole, &options, &Silent).unwrap();
     assert_eq!(files(&out), files(&whole));
 }
 
@@ -228,7 +226,7 @@ fn a_changed_recipe_starts_over() {
 fn a_directory_with_something_else_in_it_is_refused() {
     let models = Models::new("llama");
     let recipe = models.recipe("gate_mode: random", "");
-    let composite = models.composite(&recipe);
+    let composite = composite(&recipe);
     let base = models.path("base");
     let before = files(&base);
     assert!(matches!(write::write(&composite, &recipe, &base, &Options::default(), &Silent), Err(WriteError::Occupied(_))));
@@ -243,7 +241,7 @@ fn the_same_bytes_on_any_number_of_threads() {
     let outputs = [1, 2, 8].map(|threads| {
         let out = models.path(&format!("out{threads}"));
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| write::write(&models.composite(&recipe), &recipe, &out, &Options::default(), &Silent)).unwrap();
+        pool.install(|| write::write(&composite(&recipe), &recipe, &out, &Options::default(), &Silent)).unwrap();
         files(&out)
     });
     assert_eq!(outputs[0], outputs[1]);
@@ -254,7 +252,7 @@ fn the_same_bytes_on_any_number_of_threads() {
 fn residual_scale_scales_the_down_projection_alone() {
     let models = Models::new("llama");
     let recipe = models.recipe("gate_mode: random", "    residual_scale: 0.3\n");
-    let written = written(&models.composite(&recipe), &recipe, &models.path("out"));
+    let written = written(&composite(&recipe), &recipe, &models.path("out"));
     let source = tensors(&models.path("b"));
     let expert = |w: &str| &written[&format!("model.layers.1.block_sparse_moe.experts.1.{w}.weight")].1;
     assert_eq!(expert("w1"), &source["model.layers.1.mlp.gate_proj.weight"].1);
@@ -272,7 +270,7 @@ fn noise_has_its_scale_and_follows_the_seed() {
     let name = "model.layers.0.block_sparse_moe.experts.0.w1.weight";
     let read = |head: &str| {
         let recipe = models.recipe(head, "    noise_scale: 0.5\n");
-        models.composite(&recipe).read(name).unwrap().to_f32()
+        composite(&recipe).read(name).unwrap().to_f32()
     };
     let source = source::open(&models.recipe("gate_mode: random", "").experts[0].source_model, &OpenOptions::default()).unwrap();
     let clean = source.weights.read("model.layers.0.mlp.gate_proj.weight").unwrap().to_f32();
@@ -290,7 +288,7 @@ fn noise_has_its_scale_and_follows_the_seed() {
 fn averaged_shared_weights_are_the_mean_of_the_experts() {
     let models = Models::new("llama");
     let recipe = models.recipe("gate_mode: random\nshared: average\ndtype: float32", "");
-    let composite = models.composite(&recipe);
+    let composite = composite(&recipe);
     for name in ["model.layers.1.self_attn.k_proj.weight", "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"] {
         let experts = ["a", "b", "c"].map(|e| {
             let bytes = &tensors(&models.path(e))[name].1;
@@ -307,8 +305,8 @@ fn the_fused_layout_stacks_the_classic_one() {
         let models = Models::new(family);
         let classic_recipe = models.recipe("gate_mode: random", "");
         let fused_recipe = models.recipe("gate_mode: random\nlayout: fused", "");
-        let classic = written(&models.composite(&classic_recipe), &classic_recipe, &models.path("classic"));
-        let fused = written(&models.composite(&fused_recipe), &fused_recipe, &models.path("fused"));
+        let classic = written(&composite(&classic_recipe), &classic_recipe, &models.path("classic"));
+        let fused = written(&composite(&fused_recipe), &fused_recipe, &models.path("fused"));
         for l in 0..models::LAYERS {
             let one = |e: usize, w: &str| classic[&format!("model.layers.{l}.{expert}.{e}.{w}.weight")].1.clone();
             let gate_up: Vec<u8> = (0..3).flat_map(|e| [one(e, gate), one(e, up)].concat()).collect();
@@ -335,7 +333,7 @@ fn differences_that_cannot_be_composed_are_named() {
         let mut config = models::config("llama");
         change(&mut config);
         fs_err::write(models.path("b").join("config.json"), config.to_string()).unwrap();
-        let error = models.plan(&models.recipe("gate_mode: random", "")).map(|_| ()).unwrap_err().to_string();
+        let error = plan(&models.recipe("gate_mode: random", "")).map(|_| ()).unwrap_err().to_string();
         assert!(error.contains(message), "{error}");
         assert!(error.contains(&models.path("b").display().to_string()), "{error} names the expert");
     }
@@ -347,13 +345,13 @@ fn two_vocabularies_are_refused_and_extra_tokens_are_not() {
     let path = models.path("c").join("tokenizer.json");
     let text = fs_err::read_to_string(&path).unwrap();
     fs_err::write(&path, text.replace("\"w5\"", "\"x\"").replace("\"w6\"", "\"w5\"").replace("\"x\"", "\"w6\"")).unwrap();
-    let error = models.plan(&models.recipe("gate_mode: random", "")).map(|_| ()).unwrap_err().to_string();
+    let error = plan(&models.recipe("gate_mode: random", "")).map(|_| ()).unwrap_err().to_string();
     assert!(error.contains("2 of 64 tokens") && error.contains("--allow vocabulary-mismatch"), "{error}");
 
     let mut json: Value = serde_json::from_str(&text).unwrap();
     json["added_tokens"].as_array_mut().unwrap().push(serde_json::json!({"id": 64, "content": "<extra>", "special": true}));
     fs_err::write(&path, json.to_string()).unwrap();
-    let (plan, _) = models.plan(&models.recipe("gate_mode: random", "")).unwrap();
+    let (plan, _) = plan(&models.recipe("gate_mode: random", "")).unwrap();
     assert!(plan.warnings.iter().any(|w| w.contains("`<extra>`")), "{:?}", plan.warnings);
 }
 
@@ -367,7 +365,7 @@ fn weights_that_are_not_finite_are_found() {
     fs_err::write(&path, bytes).unwrap();
     // The last bytes of the file belong to an MLP or a norm, depending on names; average reads them all.
     let recipe = models.recipe("gate_mode: random\nshared: average", "");
-    let composite = models.composite(&recipe);
+    let composite = composite(&recipe);
     let error = write::write(&composite, &recipe, &models.path("out"), &Options::default(), &Silent).unwrap_err();
     assert!(matches!(&error, WriteError::NonFinite { origin, .. } if origin.contains(&models.path("b").display().to_string())), "{error}");
     let options = Options { allow_non_finite: true, ..Options::default() };

@@ -8,9 +8,9 @@ use std::{
 use assert_cmd::Command;
 use serde_json::{Map, json};
 use tokio::sync::mpsc::UnboundedReceiver;
-use upcycle::engine::{Engine, EngineError, Event, Finish, FinishReason, Options, Request, Sampling, Specials};
+use upcycle::engine::{Engine, EngineError, Event, Finish, FinishReason, Options, Request, Sampling, Specials, Text};
 
-use crate::support::engines::{demo, engine};
+use crate::support::engines::{composite, demo, engine, with_text};
 
 /// Ends every text of the bundled models.
 const EOS: u32 = 0;
@@ -52,6 +52,15 @@ fn wait_until_idle(engine: &Engine) {
 
 #[test]
 fn a_text_is_the_same_alone_in_a_crowd_and_in_chunks() {
+    same_in_a_crowd(|options| engine("base", options));
+}
+
+#[test]
+fn so_is_a_composites() {
+    same_in_a_crowd(composite);
+}
+
+fn same_in_a_crowd(engine: impl Fn(Options) -> Engine) {
     let prompts = [
         "Problem: Compute 12 + 30.\n",
         "And God said unto Moses, ",
@@ -68,7 +77,7 @@ fn a_text_is_the_same_alone_in_a_crowd_and_in_chunks() {
         };
         prompts.iter().enumerate().map(request).collect()
     };
-    let alone = engine("base", Options { parallel: 1, ..Options::default() });
+    let alone = engine(Options { parallel: 1, ..Options::default() });
     let expected: Vec<(String, usize)> = requests(&alone)
         .into_iter()
         .map(|request| {
@@ -78,7 +87,7 @@ fn a_text_is_the_same_alone_in_a_crowd_and_in_chunks() {
         .collect();
     assert!(expected.iter().all(|(text, _)| !text.is_empty()));
     for (parallel, chunk) in [(6, 256), (6, 3), (3, 1), (4, 7)] {
-        let crowd = engine("base", Options { parallel, chunk, ..Options::default() });
+        let crowd = engine(Options { parallel, chunk, ..Options::default() });
         let running: Vec<_> = requests(&crowd).into_iter().map(|request| crowd.submit(request).unwrap()).collect();
         for (i, (events, expected)) in running.into_iter().zip(&expected).enumerate() {
             let (pieces, finish) = collect(events);
@@ -112,6 +121,18 @@ fn a_model_that_ends_its_text_is_believed() {
     let (text, finish) =
         generate(&engine, Request { sampling: Sampling { logit_bias: vec![(EOS, 100.0)], ..greedy() }, ..endless(&engine) });
     assert_eq!((text.as_str(), finish.reason, finish.completion_tokens), ("", FinishReason::Stop, 1));
+}
+
+#[test]
+fn the_token_that_the_template_writes_after_an_answer_ends_a_text() {
+    let turn_end = Sampling { logit_bias: vec![(2, 100.0)], ..greedy() };
+    let engine = engine("base", Options::default());
+    assert!(!engine.tokenizer().eos().contains(&2), "the config does not say that <|im_end|> ends a text");
+    let (_, finish) = generate(&engine, Request { sampling: turn_end.clone(), ..endless(&engine) });
+    assert_eq!((finish.reason, finish.completion_tokens), (FinishReason::Stop, 1));
+    let plain = with_text("base", Options::default(), |text| Text { template: None, ..text });
+    let (_, finish) = generate(&plain, Request { sampling: turn_end, max_tokens: Some(4), ..endless(&plain) });
+    assert_eq!((finish.reason, finish.completion_tokens), (FinishReason::Length, 4));
 }
 
 #[test]
@@ -155,6 +176,20 @@ fn dropping_the_receiver_frees_the_place() {
     let all = engine.stream(endless(&engine), |_| ControlFlow::Break(())).unwrap();
     assert_eq!(all, None);
     wait_until_idle(&engine);
+}
+
+#[test]
+fn a_text_that_nobody_reads_is_not_written_to_the_end() {
+    let engine = engine("base", Options { parallel: 2, ..Options::default() });
+    let mut left = engine.submit(endless(&engine)).unwrap();
+    left.blocking_recv().unwrap();
+    let mut read = engine.submit(endless(&engine)).unwrap();
+    drop(left);
+    // Written to the end, the first text would be as long as the second, which has only begun.
+    for _ in 0..20 {
+        assert!(matches!(read.blocking_recv(), Some(Event::Text(_))));
+    }
+    assert!(engine.unfinished() < 2);
 }
 
 #[test]

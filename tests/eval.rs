@@ -55,7 +55,7 @@ fn composite(top_k: usize, gate: impl Fn(usize) -> f32) -> (Recipe, Composite) {
     let (hidden, layers) = (plan.config.hidden, plan.config.layers);
     let one = |l: usize| Gate { experts: 4, hidden, weight: (0..4 * hidden).map(|i| gate(l * 4 * hidden + i)).collect() };
     let gates = Gates { routed: (0..layers).map(one).collect(), shared: Vec::new() };
-    (recipe, plan::composite(plan, sources, gates))
+    (recipe, plan::composite(plan, sources, gates, None))
 }
 
 fn by_chance(i: usize) -> f32 {

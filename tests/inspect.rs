@@ -33,7 +33,7 @@ fn composite(experts: &[&str]) -> Composite {
     let (hidden, layers) = (plan.config.hidden, plan.config.layers);
     let weight = |l: usize| (0..experts.len() * hidden).map(|i| ((l * 4099 + i) as f32 * 12.9898).sin()).collect();
     let gate = |l| Gate { experts: experts.len(), hidden, weight: weight(l) };
-    plan::composite(plan, sources, Gates { routed: (0..layers).map(gate).collect(), shared: Vec::new() })
+    plan::composite(plan, sources, Gates { routed: (0..layers).map(gate).collect(), shared: Vec::new() }, None)
 }
 
 fn decoder(composite: &Composite) -> Decoder {

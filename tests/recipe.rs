@@ -96,7 +96,7 @@ fn a_sound_recipe_is_passed_without_a_word() {
     gate_mode: "hidden"
     experts_per_token: 1
     shared: "base"
-    chat_template: false
+    chat_template: "auto"
     layout: "classic"
     "#);
     assert_eq!(parsed(SOUND).text, SOUND);
@@ -154,7 +154,7 @@ shared_experts:
 fn values_are_coerced_as_mergekit_does() {
     let recipe =
         parsed(&edited("experts_per_token: 1", "experts_per_token: \"1\"\ndtype: \"float16\"\nseed: \"7\"\nchat_template: \"true\""));
-    assert_eq!((recipe.experts_per_token, recipe.dtype, recipe.seed, recipe.chat_template), (1, Some(Dtype::F16), Some(7), true));
+    assert_eq!((recipe.experts_per_token, recipe.dtype, recipe.seed, recipe.chat_template), (1, Some(Dtype::F16), Some(7), Some(true)));
     assert_eq!(parsed(&edited("experts_per_token: 1", "experts_per_token: 2.0")).experts_per_token, 2);
     let scales = edited("source_model: one", "source_model: one\n    noise_scale: \"0.5\"\n    residual_scale: 2");
     assert_eq!((parsed(&scales).experts[0].noise_scale, parsed(&scales).experts[0].residual_scale), (Some(0.5), Some(2.0)));
@@ -173,7 +173,7 @@ fn values_are_coerced_as_mergekit_does() {
 fn nothing_given_is_the_default() {
     let nulls = "dtype:\nseed: ~\narchitecture: \"\"\nshared: null\nlayout:\ntokenizer:\nshared_experts:\nchat_template:";
     let recipe = parsed(&with(nulls).replace("gate_mode: hidden\nexperts_per_token: 1\n", ""));
-    assert_eq!((recipe.gate_mode.name, recipe.experts_per_token, recipe.chat_template), ("hidden", 2, false));
+    assert_eq!((recipe.gate_mode.name, recipe.experts_per_token, recipe.chat_template), ("hidden", 2, None));
     assert_eq!((recipe.dtype, recipe.seed, recipe.architecture, recipe.tokenizer), (None, None, None, None));
     assert_eq!((recipe.shared, recipe.layout, recipe.shared_experts.len()), (Shared::Base, Layout::Classic, 0));
 }
@@ -283,6 +283,35 @@ fn prompt_files() {
 }
 
 #[test]
+fn text_files() {
+    let dir = tempfile::tempdir().unwrap();
+    fs_err::write(dir.path().join("t.txt"), "text").unwrap();
+    let text = edited("source_model: one", "source_model: one\n    text_file: t.txt");
+    let (recipe, _) = recipe::parse(&text, &dir.path().join("recipe.yml"), &[]).unwrap();
+    assert_eq!(recipe.experts[0].text_file, Some(dir.path().join("t.txt")));
+    assert_eq!((recipe.experts[1].text_file.as_ref(), recipe.chat_template), (None, None));
+    assert_eq!(parsed(&with("chat_template: auto")).chat_template, None);
+    assert_snapshot!(told("source_model: one", "source_model: one\n    text_file: no-such.jsonl"), @"
+    error: failed to open file `no-such.jsonl`: No such file or directory (os error 2)
+     --> recipe.yml:6:16
+      |
+    6 |     text_file: no-such.jsonl
+      |                ^^^^^^^^^^^^^
+      |
+    hint: the path is relative to the recipe's folder
+    ");
+    assert_snapshot!(told("source_model: one", "source_model: one\n    text_file: prompts.json"), @r#"
+    error: a file of text ends in .txt or .jsonl
+     --> recipe.yml:6:16
+      |
+    6 |     text_file: prompts.json
+      |                ^^^^^^^^^^^^
+      |
+    hint: plain text in a .txt; in a .jsonl one `{"messages": [..]}` or `{"text": ..}` per line
+    "#);
+}
+
+#[test]
 fn a_file_that_cannot_be_read() {
     let error = recipe::read(Path::new("no-such-recipe.yml"), &[]).unwrap_err();
     assert_snapshot!(error, @"failed to open file `no-such-recipe.yml`: No such file or directory (os error 2)");
@@ -364,7 +393,7 @@ fn unknown_keys_and_values() {
     6 |     postive_prompts: ["Write a function that sorts a list", "Why does this loop never end?"]
       |     ^^^^^^^^^^^^^^^
       |
-    hint: did you mean `positive_prompts`? An expert has the keys `source_model`, `positive_prompts`, `negative_prompts`, `prompts_file`, `noise_scale`, `residual_scale`
+    hint: did you mean `positive_prompts`? An expert has the keys `source_model`, `positive_prompts`, `negative_prompts`, `prompts_file`, `text_file`, `noise_scale`, `residual_scale`
     "#);
     assert_snapshot!(told("gate_mode: hidden", "gate_mode: hiden"), @"
     error: unknown value `hiden` for `gate_mode`
@@ -535,7 +564,7 @@ fn wrong_shapes() {
       |                    ^^^
     ");
     assert_snapshot!(verdict(&with("chat_template: chatml"), &[]), @"
-    error: `chat_template` must be `true` or `false`
+    error: `chat_template` must be `true`, `false` or `auto`
      --> recipe.yml:9:16
       |
     9 | chat_template: chatml
@@ -572,7 +601,7 @@ fn keys_of_neighbouring_tools() {
     gate_mode: "hidden"
     experts_per_token: 1
     shared: "base"
-    chat_template: false
+    chat_template: "auto"
     layout: "classic"
 
     warning: `num_experts_per_tok` is read as `experts_per_token`
@@ -601,7 +630,7 @@ fn keys_of_neighbouring_tools() {
     gate_mode: "hidden"
     experts_per_token: 1
     shared: "base"
-    chat_template: false
+    chat_template: "auto"
     layout: "classic"
 
     warning: `negative_prompt` is read as `negative_prompts`
@@ -724,7 +753,7 @@ fn what_is_refused_unless_allowed() {
     gate_mode: "hidden"
     experts_per_token: 1
     shared: "base"
-    chat_template: false
+    chat_template: "auto"
     layout: "classic"
 
     warning[identical-prompts]: every expert has the same prompts
@@ -783,7 +812,7 @@ fn what_is_refused_unless_allowed() {
     gate_mode: "random"
     experts_per_token: 1
     shared: "base"
-    chat_template: false
+    chat_template: "auto"
     layout: "classic"
 
     warning[unused-prompts]: `random` does not look at prompts

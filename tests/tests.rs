@@ -20,4 +20,5 @@ mod inspect;
 mod recipe;
 mod serve;
 mod source;
+mod text;
 mod tidy;

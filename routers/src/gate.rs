@@ -1,7 +1,7 @@
 //! The gate of one layer: a bias-free linear map from the router's input to one logit per expert.
 
 /// Gate of one layer, row-major [E, D].
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Gate {
     /// E
     pub experts: usize,

@@ -6,4 +6,6 @@
 pub mod diagnose;
 pub mod gate;
 pub mod init;
+pub mod linalg;
 pub mod route;
+pub mod statistics;

@@ -15,6 +15,13 @@ use crate::{
     source::Source,
 };
 
+/// A recipe's prompts.
+pub(super) struct Tokenized {
+    pub experts: Vec<Prompts>,
+    /// what mergekit-moe pads a batch with: BOS, or EOS if there is none
+    pub pad: Option<u32>,
+}
+
 /// One expert's prompts.
 pub(super) struct Prompts {
     pub expert: String,
@@ -29,10 +36,15 @@ pub(super) fn tokenize(
     experts: &[&Expert],
     names: &[String],
     warnings: &mut Vec<String>,
-) -> Result<Vec<Prompts>, CalibrateError> {
+) -> Result<Tokenized, CalibrateError> {
     let tokenizer = Tokenizer::open(&base.sidecars, &base.config)?;
-    let template = if recipe.chat_template { Some(template(base, &tokenizer)?) } else { None };
-    let bos = tokenizer.special_tokens().get("bos_token").map_or("", String::as_str);
+    let template = if recipe.chat_template == Some(true) { Some(template(base, &tokenizer)?) } else { None };
+    let special = |name| tokenizer.special_tokens().get(name).map(String::as_str);
+    let bos = special("bos_token").unwrap_or("");
+    let pad = match special("bos_token").or_else(|| special("eos_token")) {
+        Some(text) => tokenizer.encode(text, Specials::Written)?.first().copied(),
+        None => None,
+    };
     let limit = base.config.max_positions;
     let mut tokens = |expert: &str, prompt: &String| -> Result<Vec<u32>, CalibrateError> {
         let text = match &template {
@@ -58,7 +70,7 @@ pub(super) fn tokenize(
         let negative = all(name, &expert.negative_prompts)?;
         Ok(Prompts { expert: name.clone(), positive, negative })
     });
-    each.collect()
+    Ok(Tokenized { experts: each.collect::<Result<_, CalibrateError>>()?, pad })
 }
 
 fn template(base: &Source, tokenizer: &Tokenizer) -> Result<ChatTemplate, CalibrateError> {
@@ -70,12 +82,4 @@ fn wrap(template: &ChatTemplate, prompt: &str) -> Result<String, CalibrateError>
     let messages = [json!({"role": "user", "content": prompt})];
     // No date: the same recipe must give the same gates tomorrow.
     Ok(template.render(&Chat { messages: &messages, add_generation_prompt: true, variables: &Map::new(), now: None })?)
-}
-
-/// What mergekit-moe pads a batch with: BOS, or EOS if there is none. `None` if there is neither.
-pub(super) fn pad(base: &Source) -> Result<Option<u32>, CalibrateError> {
-    let tokenizer = Tokenizer::open(&base.sidecars, &base.config)?;
-    let special = tokenizer.special_tokens();
-    let Some(text) = special.get("bos_token").or_else(|| special.get("eos_token")) else { return Ok(None) };
-    Ok(tokenizer.encode(text, Specials::Written)?.first().copied())
 }

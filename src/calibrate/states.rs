@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Result, Tensor};
 use upcycle_architectures::{
-    Role, View, WeightsError,
+    Role, TensorInfo, View, WeightsError,
     decoder::{Decoder, Logits, Probe, Site, Step},
 };
 use upcycle_routers::init::{Pooled, PromptState};
@@ -87,16 +87,14 @@ impl Probe for Collector<'_> {
     }
 
     fn observe(&mut self, _: Site, layer: usize, x: &Tensor) -> Result<()> {
-        // mergekit-moe runs the base in bf16; rounding comes first, so that the rest is done to the same numbers. [N, D]
-        let x = x.to_dtype(DType::BF16)?.to_dtype(DType::F32)?;
         let mut start = 0;
         for item in self.batch {
             let length = item.tokens.len();
             let state = match self.pool {
-                Pool::Last => x.get(start + length - 1)?.to_vec1::<f32>()?,
+                Pool::Last => rounded(&x.get(start + length - 1)?)?.to_vec1::<f32>()?,
                 Pool::Mean { .. } => {
                     let mut positions = Pooled::default();
-                    for row in x.narrow(0, start, length)?.to_vec2::<f32>()? {
+                    for row in rounded(&x.narrow(0, start, length)?)?.to_vec2::<f32>()? {
                         positions.add(&row, 1);
                     }
                     if let Some(pads) = self.pads {
@@ -114,6 +112,11 @@ impl Probe for Collector<'_> {
     }
 }
 
+/// To bf16, in which mergekit-moe runs the base: what is done to the states is then done to the same numbers.
+fn rounded(x: &Tensor) -> Result<Tensor> {
+    x.to_dtype(DType::BF16)?.to_dtype(DType::F32)
+}
+
 /// The padding token's state entering each layer, [layer][D].
 fn pad_states(decoder: &Decoder, pad: u32) -> std::result::Result<Vec<Vec<f32>>, CalibrateError> {
     struct Alone(Vec<Vec<f32>>);
@@ -122,7 +125,7 @@ fn pad_states(decoder: &Decoder, pad: u32) -> std::result::Result<Vec<Vec<f32>>,
             site == Site::LayerInput
         }
         fn observe(&mut self, _: Site, _: usize, x: &Tensor) -> Result<()> {
-            self.0.push(x.get(0)?.to_dtype(DType::BF16)?.to_dtype(DType::F32)?.to_vec1()?);
+            self.0.push(rounded(&x.get(0)?)?.to_vec1()?);
             Ok(())
         }
         fn attends(&self, _: usize) -> bool {
@@ -163,7 +166,7 @@ pub(super) fn embeddings(base: &Source, experts: &[Prompts]) -> std::result::Res
                     if at + size > table.data.len() {
                         return Err(CalibrateError::Token { expert: prompts.expert.clone(), token, vocab: table.data.len() / size });
                     }
-                    let info = upcycle_architectures::TensorInfo { dtype: table.info.dtype, shape: vec![hidden] };
+                    let info = TensorInfo { dtype: table.info.dtype, shape: vec![hidden] };
                     prompt.add(&View { info, data: table.data.slice(at..at + size) }.to_f32(), 1);
                 }
                 all.add(&prompt.sum, 1);

@@ -9,7 +9,6 @@ pub(crate) struct Args {
     shell: Shell,
 }
 
-pub(crate) fn run(args: Args) -> anyhow::Result<()> {
+pub(crate) fn run(args: &Args) {
     clap_complete::generate(args.shell, &mut super::command(), "upcycle", &mut std::io::stdout());
-    Ok(())
 }

@@ -144,8 +144,8 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<()> {
     };
     write::check_directory(&args.out, &options)?;
     args.device.set_threads()?;
-    let recipe = recipe::read(&args.recipe, &args.options)?;
-    let composite = recipe::composite(&recipe, &args.options, &args.device)?;
+    let mut recipe = recipe::read(&args.recipe, &args.options)?;
+    let composite = recipe::composite(&mut recipe, &args.options, &args.device)?;
     let written = write::write(&composite, &recipe, &args.out, &options, &ui::WriteProgress::new())
         .with_context(|| format!("{} is unfinished; the same command goes on from there", args.out.display()))?;
     let bytes: u64 = written.shards.iter().map(|(_, bytes)| bytes).sum();

@@ -27,15 +27,15 @@ pub(crate) struct Args {
 /// What the demo asks: the start of a text in each expert's manner.
 const PROMPTS: [&str; 2] = ["Problem: Compute 12 + 30.\n", "And God said unto Moses, "];
 
-pub(crate) fn run(args: Args) -> anyhow::Result<()> {
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     args.device.set_threads()?;
     let bundle = bundle()?;
     let options = recipe::Options::default();
-    let recipe = recipe::read(&bundle.join("recipe.yml"), &options)?;
+    let mut recipe = recipe::read(&bundle.join("recipe.yml"), &options)?;
     let names: Vec<String> = recipe.experts.iter().map(|expert| expert.source_model.path.trim_start_matches("./").to_owned()).collect();
 
     println!("Composing four fine-tunes of one tiny base ({}) into one model.", names.join(", "));
-    let composite = recipe::composite(&recipe, &options, &args.device)?;
+    let composite = recipe::composite(&mut recipe, &options, &args.device)?;
     let overwrite = write::Options { overwrite: true, ..write::Options::default() };
     write::write(&composite, &recipe, &args.out, &overwrite, &ui::WriteProgress::new())?;
     let (all, active) = composite.plan.parameters();

@@ -60,8 +60,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let mut reference: Option<Vec<Text>> = None;
     for (at, model) in args.models.iter().enumerate() {
         if at == 0 && model::is_recipe(model) {
-            let recipe = recipe::read(Path::new(model), &args.options)?;
-            let composite = recipe::composite(&recipe, &args.options, &args.device)?;
+            let mut recipe = recipe::read(Path::new(model), &args.options)?;
+            let composite = recipe::composite(&mut recipe, &args.options, &args.device)?;
             let base = composite.sources.base();
             let tokenizer = Tokenizer::open(&base.sidecars, &base.config)?;
             let mut windows = args.texts.cut(&texts, &tokenizer)?;
@@ -72,6 +72,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             report.rows = rows;
             report.choices = choices;
             report.shared = recipe.shared;
+            report.fitted = recipe.fitted();
             report.notes.extend(notes);
             reference = Some(windows);
         } else {
@@ -127,8 +128,9 @@ fn assign(windows: &mut [Text], report: &mut Report, recipe: &Recipe) {
 /// The composite that mergekit's `hidden` makes of the recipe, where that is another.
 fn hidden(recipe: &Recipe, args: &Args, report: &mut Report) -> anyhow::Result<Option<Composite>> {
     let Some(method) = init::find("hidden") else { return Ok(None) };
-    let theirs = Recipe { gate_mode: method, shared: Shared::Base, chat_template: false, ..recipe.clone() };
-    if recipe.gate_mode.name == method.name && recipe.shared == Shared::Base && !recipe.chat_template {
+    let theirs = Recipe { gate_mode: method, shared: Shared::Base, repair: None, chat_template: None, ..recipe.clone() };
+    let same = recipe.gate_mode.name == method.name && recipe.shared == Shared::Base;
+    if same && recipe.repair != Some(true) && recipe.chat_template != Some(true) {
         report.notes.push("this recipe is mergekit's `hidden`, which therefore has no row of its own".into());
         return Ok(None);
     }
@@ -143,7 +145,7 @@ fn hidden(recipe: &Recipe, args: &Args, report: &mut Report) -> anyhow::Result<O
     let decoder = || Decoder::load(base.family, &base.config, &*base.weights, args.device.dtype(&device, &base.config), &device);
     // What is to be said about these gates is not about the recipe's.
     let gates = calibrate::gates(&theirs, base, decoder)?.gates;
-    Ok(Some(plan::composite(plan, sources, gates)))
+    Ok(Some(plan::composite(plan, sources, gates, None)))
 }
 
 /// A bar over the windows of a row on a terminal, a line per row elsewhere.

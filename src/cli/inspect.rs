@@ -121,8 +121,8 @@ fn open(args: &Args) -> anyhow::Result<(Loaded, Option<Compared>)> {
         return Ok((model::open(&args.model, &args.options, &args.device)?, None));
     }
     let path = Path::new(&args.model);
-    let recipe = recipe::read(path, &args.options)?;
-    let composite = recipe::composite(&recipe, &args.options, &args.device)?;
+    let mut recipe = recipe::read(path, &args.options)?;
+    let composite = recipe::composite(&mut recipe, &args.options, &args.device)?;
     let names = calibrate::names(&recipe.experts.iter().collect::<Vec<_>>());
     let similarity = if args.logits.is_none() { Some(compare(&recipe, &composite.sources)?) } else { None };
     Ok((model::composed(path, composite), similarity.map(|similarity| Compared { names, similarity })))

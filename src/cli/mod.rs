@@ -68,8 +68,8 @@ pub(crate) fn main() -> ExitCode {
     let cli = Cli::parse();
     ui::init(cli.verbose, cli.quiet);
     let result = match cli.command {
-        Command::Demo(args) => demo::run(args),
-        Command::Plan(args) => plan::run(args),
+        Command::Demo(args) => demo::run(&args),
+        Command::Plan(args) => plan::run(&args),
         Command::Compose(args) => compose::run(args),
         #[cfg(feature = "serve")]
         Command::Serve(args) => serve::run(args),
@@ -78,7 +78,10 @@ pub(crate) fn main() -> ExitCode {
         Command::Eval(args) => eval::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Doctor(args) => doctor::run(args),
-        Command::Completions(args) => completions::run(args),
+        Command::Completions(args) => {
+            completions::run(&args);
+            Ok(())
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -9,11 +9,11 @@ use upcycle::{
         device::{self, DeviceChoice, DtypeChoice},
     },
     plan::Composite,
-    source::{self, OpenOptions, Sidecar},
+    source::{self, Sidecar},
 };
 use upcycle_architectures::{Config, Family, Weights, decoder::Decoder};
 
-use super::recipe;
+use super::{recipe, ui};
 
 /// Where and how to compute.
 #[derive(Debug, Clone, clap::Args)]
@@ -70,10 +70,10 @@ pub(crate) fn is_recipe(model: &str) -> bool {
 pub(crate) fn open(model: &str, options: &recipe::Options, device: &DeviceArgs) -> anyhow::Result<Loaded> {
     let path = Path::new(model);
     if is_recipe(model) {
-        let recipe = recipe::read(path, options)?;
-        return Ok(composed(path, recipe::composite(&recipe, options, device)?));
+        let mut recipe = recipe::read(path, options)?;
+        return Ok(composed(path, recipe::composite(&mut recipe, options, device)?));
     }
-    let source = source::open(&model.parse()?, &OpenOptions { hub: Some(upcycle::env::hub()), ..OpenOptions::default() })?;
+    let source = source::open(&model.parse()?, &ui::open_options(None))?;
     let name = path.file_name().map_or_else(|| model.to_owned(), |name| name.to_string_lossy().into_owned());
     Ok(Loaded { name, family: source.family, config: source.config, weights: source.weights, sidecars: source.sidecars })
 }

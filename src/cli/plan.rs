@@ -27,7 +27,7 @@ pub(crate) struct Args {
     options: recipe::Options,
 }
 
-pub(crate) fn run(args: Args) -> anyhow::Result<()> {
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let recipe = recipe::read(&args.recipe, &args.options)?;
     if args.recipe_only {
         if args.json {

@@ -1,13 +1,13 @@
 //! What every command that takes a recipe does with it: read, open its models, plan, set the gates.
 
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 use clap::builder::{PossibleValue, PossibleValuesParser};
 use upcycle::{
-    calibrate,
-    plan::{self, Composite, Part, Plan, Sources},
+    calibrate::{self, text::TextOptions},
+    plan::{self, Composite, Gates, Part, Plan, Sources},
     recipe::{self, ModelRef, Recipe},
-    source::{self, OpenOptions, Source},
+    source::{self, Source},
 };
 use upcycle_architectures::decoder::Decoder;
 
@@ -48,12 +48,7 @@ pub(crate) fn open(recipe: &Recipe) -> anyhow::Result<Sources> {
     let directory = recipe.file.parent().unwrap_or(Path::new("")).to_owned();
     Sources::open(recipe, |reference, base| {
         let place = beside(reference, &directory);
-        let options = OpenOptions {
-            base: base.map(|base| beside(&base.reference, &directory)),
-            hub: Some(upcycle::env::hub()),
-            ..OpenOptions::default()
-        };
-        let source = source::open(&place, &options)?;
+        let source = source::open(&place, &ui::open_options(base.map(|base| beside(&base.reference, &directory))))?;
         Ok(Source { reference: reference.clone(), ..source })
     })
 }
@@ -75,28 +70,47 @@ pub(crate) fn plan(recipe: &Recipe, sources: &Sources, options: &Options) -> any
     Ok(plan)
 }
 
-/// Recipe to composite: opens, plans, sets the gates. Nothing is written.
-pub(crate) fn composite(recipe: &Recipe, options: &Options, device: &DeviceArgs) -> anyhow::Result<Composite> {
+/// Recipe to composite: opens, plans, sets the gates, and fits what the recipe asks for. Nothing is written but the cache.
+pub(crate) fn composite(recipe: &mut Recipe, options: &Options, device: &DeviceArgs) -> anyhow::Result<Composite> {
     let sources = open(recipe)?;
+    recipe.shared = calibrate::settle(recipe, &sources)?;
     let plan = plan(recipe, &sources, options)?;
-    let base = sources.base();
     let place = device.open()?;
-    let decoder = || Decoder::load(base.family, &base.config, &*base.weights, device.dtype(&place, &base.config), &place);
-    let calibrated = calibrate::gates(recipe, base, decoder)?;
-    calibrated.warnings.iter().for_each(ui::warn);
-    Ok(plan::composite(plan, sources, calibrated.gates))
+    let decoder =
+        |source: &Source| Decoder::load(source.family, &source.config, &*source.weights, device.dtype(&place, &source.config), &place);
+    if !recipe.fitted() {
+        let calibrated = calibrate::gates(recipe, sources.base(), || decoder(sources.base()))?;
+        calibrated.warnings.iter().for_each(ui::warn);
+        return Ok(plan::composite(plan, sources, calibrated.gates, None));
+    }
+    let bar = ui::steps();
+    let cache = upcycle::env::cache();
+    let text = TextOptions { cache: Some(cache.clone()), ..TextOptions::default() };
+    let corpus = calibrate::text::corpus(recipe, &sources, &text, &decoder, &|doing| bar.set_message(doing.to_owned()))?;
+    corpus.warnings.iter().for_each(|warning| bar.suspend(|| ui::warn(warning)));
+    let fitted = calibrate::fit(recipe, &plan, &sources, &corpus, &place, &cache, &|done, layers| {
+        bar.set_length(layers as u64);
+        bar.set_position(done as u64);
+        bar.set_message("fitting layer");
+    })?;
+    bar.finish_and_clear();
+    fitted.notes.iter().for_each(|note| tracing::debug!("{note}"));
+    let gates = Gates { routed: fitted.gates.clone(), shared: Vec::new() };
+    Ok(plan::composite(plan, sources, gates, Some(Arc::new(fitted))))
 }
 
 /// One part of a tensor in words.
 pub(crate) fn describe(part: &Part, sources: &Sources) -> String {
     let name = |source: &usize| sources.all[*source].reference.to_string();
     match part {
-        Part::Tensor { source, tensor, noise, scale } => {
+        Part::Tensor { source, tensor, noise, scale, fold } => {
+            let fold = if fold.is_some() { " behind its own norm" } else { "" };
             let noise = noise.map_or(String::new(), |n| format!(" + noise {n}"));
             let scale = scale.map_or(String::new(), |s| format!(" x {s}"));
-            format!("{}:{tensor}{noise}{scale}", name(source))
+            format!("{}:{tensor}{noise}{scale}{fold}", name(source))
         }
         Part::Mean { of } => format!("mean of {}", of.iter().map(|(source, _)| name(source)).collect::<Vec<_>>().join(", ")),
+        Part::Fitted { .. } => "fitted".into(),
         Part::Gate { .. } => "gate".into(),
         Part::SharedGate { .. } => "gate of the shared expert".into(),
         Part::Zeros { .. } => "zeros".into(),

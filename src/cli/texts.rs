@@ -57,7 +57,7 @@ impl TextArgs {
 
     /// The windows of each text in a model's tokens.
     pub(crate) fn cut(&self, texts: &[(String, String)], tokenizer: &Tokenizer) -> anyhow::Result<Vec<Text>> {
-        let prefix = tokenizer.prefix()?;
+        let prefix: Vec<u32> = tokenizer.prefix()?.into_iter().collect();
         let cut = |(name, text): &(String, String)| {
             let tokens = tokenizer.encode(text, Specials::Written)?;
             let windows = perplexity::windows(&tokens, &prefix, self.window as usize, self.windows as usize);

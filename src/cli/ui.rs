@@ -1,12 +1,15 @@
 //! How the commands talk: messages to stderr in the form `error: what`, `caused by: ...`, `hint: what to do`.
 
-use std::process::ExitCode;
+use std::{process::ExitCode, sync::Arc};
 
 use anstream::eprintln;
 use anstyle::{AnsiColor, Style};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use tracing_subscriber::EnvFilter;
-use upcycle::recipe::{Problem, RecipeError};
+use upcycle::{
+    recipe::{ModelRef, Problem, RecipeError},
+    source::OpenOptions,
+};
 
 const ERROR: Style = AnsiColor::Red.on_default().bold();
 const WARNING: Style = AnsiColor::Yellow.on_default().bold();
@@ -90,8 +93,43 @@ impl upcycle::write::Progress for WriteProgress {
     }
 }
 
+/// How commands open models: the Hub of the environment, with a bar for downloads.
+pub(crate) fn open_options(base: Option<ModelRef>) -> OpenOptions {
+    OpenOptions { base, hub: Some(upcycle::env::hub()), progress: Some(Arc::new(DownloadProgress(bytes_bar()))) }
+}
+
+/// Progress of downloads: a bar on a terminal, a line per file elsewhere.
+struct DownloadProgress(ProgressBar);
+
+impl upcycle::source::Progress for DownloadProgress {
+    fn start(&self, file: &str, total: u64, done: u64) {
+        self.0.reset();
+        self.0.set_message(file.to_owned());
+        self.0.set_length(total);
+        self.0.set_position(done);
+        self.0.reset_eta();
+    }
+
+    fn advance(&self, bytes: u64) {
+        self.0.inc(bytes);
+    }
+
+    fn finish(&self) {
+        self.0.suspend(|| tracing::info!("fetched {}  {}", self.0.message(), HumanBytes(self.0.position())));
+        self.0.finish_and_clear();
+    }
+}
+
 /// A bar with bytes per second and time left; invisible when stderr is no terminal.
 pub(crate) fn bytes_bar() -> ProgressBar {
     let style = ProgressStyle::with_template("{msg:20!} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta} left");
     ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+/// A bar for steps of work with a word on what is being done; invisible when stderr is no terminal.
+pub(crate) fn steps() -> ProgressBar {
+    let style = ProgressStyle::with_template("{spinner} {msg:40!} {wide_bar} {pos}/{len} {eta} left");
+    let bar = ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar.enable_steady_tick(std::time::Duration::from_millis(200));
+    bar
 }

@@ -23,7 +23,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use upcycle_architectures::decoder::Decoder;
 
@@ -89,6 +89,18 @@ impl Text {
         let template = self.template.as_ref().ok_or(EngineError::NoTemplate)?;
         let chat = Chat { messages, add_generation_prompt: true, variables, now: Some(SystemTime::now()) };
         Ok(self.tokenizer.encode(&template.render(&chat)?, Specials::Written)?)
+    }
+
+    /// The special token that the template writes after the assistant's words. It ends a text too: a composite whose base is no chat model
+    /// has experts that end their turns, and a config that does not say with what.
+    fn turn_end(&self) -> Option<u32> {
+        const WORDS: &str = "yes";
+        let messages = [json!({"role": "user", "content": "?"}), json!({"role": "assistant", "content": WORDS})];
+        let chat = Chat { messages: &messages, add_generation_prompt: false, variables: &Map::new(), now: None };
+        let text = self.template.as_ref()?.render(&chat).ok()?;
+        let (_, after) = text.rsplit_once(WORDS)?;
+        let first = *self.tokenizer.encode(after.trim_start(), Specials::Written).ok()?.first()?;
+        self.tokenizer.is_special(first).then_some(first)
     }
 }
 
@@ -218,8 +230,9 @@ impl Engine {
         let (inbox, jobs) = mpsc::channel();
         let abort = Arc::new(AtomicBool::new(false));
         let thread = std::thread::Builder::new().name("engine".into()).spawn({
-            let (decoder, abort, tokenizer) = (decoder.clone(), abort.clone(), text.tokenizer.clone());
-            move || scheduler::run(&decoder, &tokenizer, &options, &jobs, &abort)
+            let (decoder, abort) = (decoder.clone(), abort.clone());
+            let ends = text.tokenizer.eos().iter().copied().chain(text.turn_end()).collect();
+            move || scheduler::run(&decoder, &ends, &options, &jobs, &abort)
         });
         Ok(Self {
             decoder,

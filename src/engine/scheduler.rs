@@ -4,7 +4,7 @@
 //! sees nothing of the others: its tokens depend on its own prompt, cache and sampler alone.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeSet, VecDeque},
     ops::ControlFlow,
     sync::{
         Arc,
@@ -21,7 +21,7 @@ use super::{
     Event, Finish, FinishReason, Options,
     sampling::Sampler,
     stops::{Shown, Stops},
-    tokenizer::{TextStream, Tokenizer, TokenizerError},
+    tokenizer::{TextStream, TokenizerError},
 };
 
 /// Counts a request as long as it lives.
@@ -64,8 +64,8 @@ struct Sequence {
     first_token: Option<Instant>,
 }
 
-/// Runs requests until the inbox is closed and all are finished, or `abort` is set.
-pub(super) fn run(decoder: &Decoder, tokenizer: &Tokenizer, options: &Options, inbox: &mpsc::Receiver<Job>, abort: &AtomicBool) {
+/// Runs requests until the inbox is closed and all are finished. The tokens `ends` end a text; while `abort` is set, nothing runs.
+pub(super) fn run(decoder: &Decoder, ends: &BTreeSet<u32>, options: &Options, inbox: &mpsc::Receiver<Job>, abort: &AtomicBool) {
     let mut waiting = VecDeque::new();
     let mut active = Vec::new();
     loop {
@@ -90,7 +90,7 @@ pub(super) fn run(decoder: &Decoder, tokenizer: &Tokenizer, options: &Options, i
             Ok(rows) => {
                 let mut rows = rows.into_iter();
                 active.retain_mut(|sequence| match rows.next().flatten() {
-                    Some(mut logits) => sequence.take(&mut logits, tokenizer).is_continue(),
+                    Some(mut logits) => sequence.take(&mut logits, ends).is_continue(),
                     None => true,
                 });
             }
@@ -132,11 +132,11 @@ impl Sequence {
     }
 
     /// Chooses the next token and says what it means; breaks when the text is complete.
-    fn take(&mut self, logits: &mut [f32], tokenizer: &Tokenizer) -> ControlFlow<()> {
+    fn take(&mut self, logits: &mut [f32], ends: &BTreeSet<u32>) -> ControlFlow<()> {
         let token = self.job.sampler.sample(logits);
         self.tokens.push(token);
         self.first_token.get_or_insert_with(Instant::now);
-        match self.show(token, tokenizer) {
+        match self.show(token, ends) {
             Ok(None) => ControlFlow::Continue(()),
             Ok(Some(reason)) => {
                 self.send(Event::Done(self.finish(reason)));
@@ -150,8 +150,8 @@ impl Sequence {
     }
 
     /// Sends the text that the token completes; returns why the text ends here, if it does.
-    fn show(&mut self, token: u32, tokenizer: &Tokenizer) -> Result<Option<FinishReason>, TokenizerError> {
-        let end = match (tokenizer.is_eos(token), self.tokens.len() - self.job.prompt.len() >= self.job.max_tokens) {
+    fn show(&mut self, token: u32, ends: &BTreeSet<u32>) -> Result<Option<FinishReason>, TokenizerError> {
+        let end = match (ends.contains(&token), self.tokens.len() - self.job.prompt.len() >= self.job.max_tokens) {
             (true, _) => Some(FinishReason::Stop),
             (false, true) => Some(FinishReason::Length),
             (false, false) => None,

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ops::Range,
     sync::Arc,
 };
 
@@ -75,6 +76,16 @@ impl Tokenizer {
         &self.special
     }
 
+    /// The tokens that end a text.
+    pub fn eos(&self) -> &BTreeSet<u32> {
+        &self.eos
+    }
+
+    /// The token called BOS, whether or not texts start with it.
+    pub fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+
     /// Whether the token ends a text.
     pub fn is_eos(&self, token: u32) -> bool {
         self.eos.contains(&token)
@@ -88,11 +99,24 @@ impl Tokenizer {
         Ok(ids[usize::from(doubled)..].to_vec())
     }
 
-    /// What is put in front of a plain text: BOS, or nothing.
-    pub fn prefix(&self) -> Result<Vec<u32>, TokenizerError> {
-        let (with, without) = (self.encode("a", Specials::Add)?, self.encode("a", Specials::Written)?);
-        let at = with.windows(without.len().max(1)).position(|window| window == without);
-        Ok(with[..at.unwrap_or(0)].to_vec())
+    /// The tokens of a text in which special tokens are written out, each with the bytes of the text that it stands for. A token of nothing
+    /// but white space may be given none, behind it.
+    pub fn encode_with_offsets(&self, text: &str) -> Result<Vec<(u32, Range<usize>)>, TokenizerError> {
+        let encoding = self.inner.encode(text, false).map_err(TokenizerError::Tokenizer)?;
+        Ok(encoding.get_ids().iter().copied().zip(encoding.get_offsets().iter().map(|&(start, end)| start..end)).collect())
+    }
+
+    /// The token that is put in front of plain text, if there is one.
+    pub fn prefix(&self) -> Result<Option<u32>, TokenizerError> {
+        let first = |specials| self.encode("a", specials).map(|tokens| tokens.first().copied());
+        let added = first(Specials::Add)?;
+        Ok(added.filter(|_| first(Specials::Written).is_ok_and(|plain| plain != added)))
+    }
+
+    /// Whether the token is a mark of the model's own rather than text.
+    pub fn is_special(&self, token: u32) -> bool {
+        let added = self.inner.get_added_vocabulary();
+        added.simple_id_to_token(token).is_some_and(|text| added.is_special_token(&text))
     }
 
     /// The tokens' text without special tokens. Tokens that the tokenizer does not know (a padded vocabulary) have none.
@@ -283,8 +307,8 @@ mod tests {
         assert_eq!(tokenizer.encode("<s>a", Specials::Add).unwrap(), [256, 97]);
         assert_eq!(tokenizer.encode("<s>a<turn>", Specials::Written).unwrap(), [256, 97, 258]);
         assert_eq!(tokenizer.encode("a", Specials::Written).unwrap(), [97]);
-        assert_eq!(tokenizer.prefix().unwrap(), [256]);
-        assert_eq!(metaspace().prefix().unwrap(), Vec::<u32>::new());
+        assert_eq!(tokenizer.prefix().unwrap(), Some(256));
+        assert_eq!(metaspace().prefix().unwrap(), None);
     }
 
     #[test]
@@ -293,10 +317,9 @@ mod tests {
             ("generation_config.json", json!({"eos_token_id": [8, 9]})),
             ("tokenizer_config.json", json!({"eos_token": "</s>", "pad_token": null})),
         ]);
-        let eos: Vec<u32> = (0..300).filter(|&token| tokenizer.is_eos(token)).collect();
-        assert_eq!(eos, [7, 8, 9, 257]);
+        assert_eq!(tokenizer.eos(), &BTreeSet::from([7, 8, 9, 257]));
         assert_eq!(tokenizer.special_tokens(), &BTreeMap::from([("eos_token".to_owned(), "</s>".to_owned())]));
-        assert!(byte_level(&[("generation_config.json", json!({"eos_token_id": 5}))]).is_eos(5));
+        assert!(byte_level(&[("generation_config.json", json!({"eos_token_id": 5}))]).eos().contains(&5));
     }
 
     #[test]

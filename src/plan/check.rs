@@ -111,7 +111,7 @@ fn differ(what: &str, base: &Source, a: impl std::fmt::Display, expert: &Source,
 /// other ids for the same token mean that the expert reads other text than is written.
 fn compare_vocabularies(recipe: &Recipe, base: &Source, expert: &Source, problems: &mut Vec<Problem>, warnings: &mut Vec<String>) {
     let (rows, other_rows) = (base.config.vocab, expert.config.vocab);
-    if recipe.shared == Shared::Average && rows != other_rows {
+    if matches!(recipe.shared, Shared::Average | Shared::Fit) && rows != other_rows {
         let remedy = "their embeddings cannot be averaged; use `shared: base`";
         problems.push(fatal(format!("{}: {remedy}", differ("`vocab_size`", base, rows, expert, other_rows))));
         return;
@@ -214,7 +214,7 @@ pub(super) fn missing(sources: &Sources, tensors: &[PlannedTensor]) -> Vec<Probl
         match part {
             Part::Tensor { source, tensor, .. } => check(*source, tensor),
             Part::Mean { of } => of.iter().for_each(|(source, tensor)| check(*source, tensor)),
-            Part::Gate { .. } | Part::SharedGate { .. } | Part::Zeros { .. } => {}
+            Part::Gate { .. } | Part::SharedGate { .. } | Part::Zeros { .. } | Part::Fitted { .. } => {}
         }
     }
     let more = problems.len().saturating_sub(12);

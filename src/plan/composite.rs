@@ -11,7 +11,7 @@ use rand_chacha::ChaCha8Rng;
 use sha2::{Digest as _, Sha256};
 use upcycle_architectures::{Dtype, TensorInfo, View, Weights, WeightsError};
 
-use super::{Gates, Part, Plan, Sources};
+use super::{Fold, Gates, Part, Plan, Sources};
 
 /// A composite that may not exist on disk. Cheap to clone.
 #[derive(Clone)]
@@ -21,14 +21,15 @@ pub struct Composite {
     /// The models it reads.
     pub sources: Arc<Sources>,
     gates: Arc<Gates>,
+    fitted: Option<Arc<dyn Weights>>,
     index: Arc<HashMap<String, usize>>,
     seed: u64,
 }
 
 impl Composite {
-    pub(super) fn new(plan: Arc<Plan>, sources: Arc<Sources>, gates: Gates) -> Self {
+    pub(super) fn new(plan: Arc<Plan>, sources: Arc<Sources>, gates: Gates, fitted: Option<Arc<dyn Weights>>) -> Self {
         let index = plan.tensors.iter().enumerate().map(|(i, tensor)| (tensor.name.clone(), i)).collect();
-        Self { seed: plan.seed, plan, sources, gates: Arc::new(gates), index: Arc::new(index) }
+        Self { seed: plan.seed, plan, sources, gates: Arc::new(gates), fitted, index: Arc::new(index) }
     }
 
     /// The gates.
@@ -42,28 +43,48 @@ impl Composite {
         let dtype = planned.info.dtype;
         let flat = |values: &[f32]| Ok(View::from_f32(values, dtype, vec![values.len()])?.data);
         match &planned.parts[part] {
-            Part::Tensor { source, tensor: name, noise, scale } => {
-                let view = self.sources.all[*source].weights.read(name)?;
+            Part::Tensor { source, tensor: name, noise, scale, fold } => {
+                let mut view = self.sources.all[*source].weights.read(name)?;
+                if let Some(fold) = fold {
+                    view = self.fold(*source, &view, fold, dtype)?;
+                }
                 let edited =
                     if noise.is_some() || scale.is_some() { edit(&view, *noise, *scale, self.rng(&planned.name, part))? } else { view };
                 Ok(edited.cast(dtype)?.data)
             }
-            Part::Mean { of } => {
-                let mut sum: Vec<f64> = Vec::new();
-                for (source, name) in of {
-                    let values = self.sources.all[*source].weights.read(name)?.to_f32();
-                    if sum.is_empty() {
-                        sum = values.into_iter().map(f64::from).collect();
-                    } else {
-                        sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += f64::from(value));
-                    }
-                }
-                flat(&sum.iter().map(|sum| (sum / of.len() as f64) as f32).collect::<Vec<_>>())
-            }
+            Part::Mean { of } => flat(&self.mean(of)?),
+            Part::Fitted { tensor: name } => match &self.fitted {
+                Some(fitted) => Ok(fitted.read(name)?.cast(dtype)?.data),
+                None => Err(WeightsError::Missing { tensor: name.clone() }),
+            },
             Part::Gate { layer } => flat(self.gates.routed.get(*layer).map_or(&[][..], |gate| &gate.weight)),
             Part::SharedGate { layer } => flat(self.gates.shared.get(*layer).map_or(&[][..], |gate| &gate.weight)),
             Part::Zeros { elements } => Ok(vec![0; elements * dtype.size()].into()),
         }
+    }
+
+    fn mean(&self, of: &[(usize, String)]) -> Result<Vec<f32>, WeightsError> {
+        let mut sum: Vec<f64> = Vec::new();
+        for (source, name) in of {
+            let values = self.sources.all[*source].weights.read(name)?.to_f32();
+            if sum.is_empty() {
+                sum = values.into_iter().map(f64::from).collect();
+            } else {
+                sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += f64::from(value));
+            }
+        }
+        Ok(sum.iter().map(|sum| (sum / of.len() as f64) as f32).collect())
+    }
+
+    /// Columns times own norm over shared norm, in f32; the shared one as it is written.
+    fn fold(&self, source: usize, view: &View, fold: &Fold, dtype: Dtype) -> Result<View, WeightsError> {
+        let own = self.sources.all[source].weights.read(&fold.own)?.to_f32();
+        let mean = self.mean(&fold.shared)?;
+        let shared = View::from_f32(&mean, dtype, vec![mean.len()])?.to_f32();
+        let factors: Vec<f32> = own.iter().zip(&shared).map(|(own, shared)| if *shared == 0.0 { 1.0 } else { own / shared }).collect();
+        let mut values = view.to_f32();
+        values.chunks_exact_mut(factors.len()).for_each(|row| row.iter_mut().zip(&factors).for_each(|(value, factor)| *value *= factor));
+        View::from_f32(&values, Dtype::F32, view.info.shape.clone())
     }
 
     /// Which models a tensor's bytes come from, for messages.
@@ -71,10 +92,10 @@ impl Composite {
         let sources = self.plan.tensors[tensor].parts.iter().flat_map(|part| match part {
             Part::Tensor { source, .. } => vec![*source],
             Part::Mean { of } => of.iter().map(|(source, _)| *source).collect(),
-            Part::Gate { .. } | Part::SharedGate { .. } | Part::Zeros { .. } => Vec::new(),
+            Part::Gate { .. } | Part::SharedGate { .. } | Part::Zeros { .. } | Part::Fitted { .. } => Vec::new(),
         });
         let names: Vec<String> = sources.collect::<BTreeSet<_>>().into_iter().map(|s| self.sources.all[s].reference.to_string()).collect();
-        if names.is_empty() { "the gates".into() } else { names.join(", ") }
+        if names.is_empty() { "the calibration".into() } else { names.join(", ") }
     }
 
     /// A generator that depends on nothing but the seed and what it is for, so that threads and order do not matter.

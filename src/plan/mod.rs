@@ -10,7 +10,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use serde::Serialize;
 use upcycle_architectures::{
-    Config, Dtype, Family, LayerRole, Projection, Role, TensorInfo,
+    AttentionPart, Config, Dtype, Family, LayerRole, Projection, Role, TensorInfo, Weights,
     upcycle::{Request, TARGETS, Target},
 };
 use upcycle_routers::{gate::Gate, init::DEFAULT_SEED};
@@ -74,6 +74,8 @@ pub struct Plan {
     pub tensors: Vec<PlannedTensor>,
     /// Whether the shared expert's gate is set from prompts too.
     pub gated_shared_expert: bool,
+    /// Whether the experts' down projections are fitted.
+    pub repaired: bool,
     /// Seed of everything drawn.
     pub seed: u64,
     /// What the user should know, though nothing is wrong.
@@ -108,6 +110,14 @@ pub enum Part {
         /// factor on the result
         #[serde(skip_serializing_if = "Option::is_none")]
         scale: Option<f64>,
+        /// the norm in front of it is folded into its columns
+        #[serde(skip_serializing_if = "Option::is_none")]
+        fold: Option<Fold>,
+    },
+    /// What calibration made, by its name in the classic layout.
+    Fitted {
+        /// its name
+        tensor: String,
     },
     /// The mean of several sources' tensors.
     Mean {
@@ -131,10 +141,25 @@ pub enum Part {
     },
 }
 
+/// A norm's weight that a source's tensor expects in front of it, and the one that it gets: column j is multiplied by own\[j\] / shared\[j\], so
+/// that behind the shared norm the tensor does what it did behind its own.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Fold {
+    /// name in the tensor's source
+    pub own: String,
+    /// the composite's is the mean of these: source and name
+    pub shared: Vec<(usize, String)>,
+}
+
 impl Plan {
     /// The family of the composite.
     pub fn family(&self) -> &'static Family {
         self.target.family
+    }
+
+    /// K
+    pub fn top_k(&self) -> usize {
+        self.config.moe.as_ref().map_or(1, |moe| moe.top_k)
     }
 
     /// Bytes of all tensors.
@@ -207,7 +232,9 @@ pub fn plan(recipe: &Recipe, sources: &Sources, allow: &[String]) -> Result<Plan
     let experts: Vec<usize> = recipe.experts.iter().map(|expert| sources.index(&expert.source_model)).collect();
     let shared_expert = recipe.shared_experts.first();
     let tied = match recipe.shared {
-        Shared::Base => base.config.tied,
+        Shared::Auto | Shared::Base => base.config.tied,
+        // The head is fitted to other states than the embedding.
+        Shared::Fit => false,
         Shared::Average => experts.iter().all(|&e| sources.all[e].config.tied),
     };
     let request = Request {
@@ -228,7 +255,10 @@ pub fn plan(recipe: &Recipe, sources: &Sources, allow: &[String]) -> Result<Plan
     }
     let config = (target.family.read)(&config_json)?;
     let gated_shared_expert = recipe.gated().count() > recipe.experts.len();
-    let planner = Planner { recipe, sources, experts: &experts, target, gated_shared_expert };
+    // What is noisy or scaled on purpose is not mended.
+    let plain = recipe.experts.iter().all(|expert| expert.noise_scale.is_none() && expert.residual_scale.is_none());
+    let repaired = recipe.fitted() && recipe.repair.unwrap_or(true) && plain;
+    let planner = Planner { recipe, sources, experts: &experts, target, gated_shared_expert, repaired };
     let tensors = match recipe.layout {
         Layout::Classic => planner.classic(&config, dtype),
         Layout::Fused => planner.fused(&config, dtype),
@@ -237,7 +267,17 @@ pub fn plan(recipe: &Recipe, sources: &Sources, allow: &[String]) -> Result<Plan
     if !missing.is_empty() {
         return Err(PlanError::Problems(missing));
     }
-    Ok(Plan { target, config, config_json, dtype, tensors, gated_shared_expert, seed: recipe.seed.unwrap_or(DEFAULT_SEED), warnings })
+    Ok(Plan {
+        target,
+        config,
+        config_json,
+        dtype,
+        tensors,
+        gated_shared_expert,
+        repaired,
+        seed: recipe.seed.unwrap_or(DEFAULT_SEED),
+        warnings,
+    })
 }
 
 /// Every id that ends a text in the base or an expert, the base's first.
@@ -278,6 +318,7 @@ struct Planner<'a> {
     experts: &'a [usize],
     target: &'static Target,
     gated_shared_expert: bool,
+    repaired: bool,
 }
 
 impl Planner<'_> {
@@ -333,6 +374,7 @@ impl Planner<'_> {
             Role::Layer(layer, LayerRole::Router) => Part::Gate { layer },
             Role::Layer(layer, LayerRole::SharedGate) if self.gated_shared_expert => Part::SharedGate { layer },
             Role::Layer(_, LayerRole::SharedGate) => zeros,
+            Role::Layer(_, LayerRole::Expert(_, Projection::Down)) if self.repaired => self.fitted(role).unwrap_or(zeros),
             Role::Layer(layer, LayerRole::Expert(e, p)) => self.mlp(&self.recipe.experts[e], layer, p),
             Role::Layer(layer, LayerRole::SharedExpert(p)) => {
                 self.recipe.shared_experts.first().map_or(zeros, |expert| self.mlp(expert, layer, p))
@@ -345,8 +387,17 @@ impl Planner<'_> {
         let source = self.sources.index(&expert.source_model);
         let scale = expert.residual_scale.filter(|_| projection == Projection::Down);
         let role = Role::Layer(layer, LayerRole::Mlp(projection));
-        let tensor = self.sources.all[source].family.name(role).unwrap_or_default();
-        Part::Tensor { source, tensor, noise: expert.noise_scale, scale }
+        let family = self.sources.all[source].family;
+        let fold = (self.recipe.shared == Shared::Fit && projection != Projection::Down).then(|| {
+            let norm = Role::Layer(layer, LayerRole::PostNorm);
+            let shared = self.experts.iter().map(|&e| (e, self.sources.all[e].family.name(norm).unwrap_or_default()));
+            Fold { own: family.name(norm).unwrap_or_default(), shared: shared.collect() }
+        });
+        Part::Tensor { source, tensor: family.name(role).unwrap_or_default(), noise: expert.noise_scale, scale, fold }
+    }
+
+    fn fitted(&self, role: Role) -> Option<Part> {
+        Some(Part::Fitted { tensor: self.target.family.name(role)? })
     }
 
     /// A tensor outside the experts; `None` where the dense model has none (a bias that the target adds).
@@ -358,9 +409,16 @@ impl Planner<'_> {
             let present = source.family.tensors(&source.config).iter().any(|(r, _)| *r == role);
             present.then(|| source.family.name(role))?
         };
+        let matrix = matches!(
+            role,
+            Role::Embedding
+                | Role::Head
+                | Role::Layer(_, LayerRole::Attention(AttentionPart::Q | AttentionPart::K | AttentionPart::V | AttentionPart::O))
+        );
         match self.recipe.shared {
-            Shared::Base => Some(Part::Tensor { source: 0, tensor: name_in(0)?, noise: None, scale: None }),
-            Shared::Average => {
+            Shared::Auto | Shared::Base => Some(Part::Tensor { source: 0, tensor: name_in(0)?, noise: None, scale: None, fold: None }),
+            Shared::Fit if matrix => self.fitted(role),
+            Shared::Average | Shared::Fit => {
                 let of: Option<Vec<_>> = self.experts.iter().map(|&e| Some((e, name_in(e)?))).collect();
                 Some(Part::Mean { of: of? })
             }
@@ -369,8 +427,8 @@ impl Planner<'_> {
 }
 
 /// A plan with its sources and gates: a set of weights.
-pub fn composite(plan: Plan, sources: Sources, gates: Gates) -> Composite {
-    Composite::new(Arc::new(plan), Arc::new(sources), gates)
+pub fn composite(plan: Plan, sources: Sources, gates: Gates, fitted: Option<Arc<dyn Weights>>) -> Composite {
+    Composite::new(Arc::new(plan), Arc::new(sources), gates, fitted)
 }
 
 /// The gates of a composite.

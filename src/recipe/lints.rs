@@ -75,6 +75,13 @@ pub const LINTS: &[Lint] = &[
         check: same_model_experts,
     },
     Lint {
+        name: "first-experts",
+        about: "gates of zeros tell no experts apart, and of equal ones the first win: the others would never be chosen",
+        level: Level::Refuse,
+        hint: "leave `experts_per_token` out, or set it to the number of experts",
+        check: first_experts,
+    },
+    Lint {
         name: "twin-prompts",
         about: "equal prompts give equal gates, and of equal gates the first expert wins",
         level: Level::Warn,
@@ -177,7 +184,8 @@ fn many_shared_experts(recipe: &Recipe, places: &Places) -> Option<Finding> {
 }
 
 fn missing_prompts(recipe: &Recipe, places: &Places) -> Option<Finding> {
-    let without = indices(recipe, |_, expert| expert.positive_prompts.is_empty());
+    let has_text = |expert: &Expert| recipe.fitted() && expert.text_file.is_some();
+    let without = indices(recipe, |_, expert| expert.positive_prompts.is_empty() && !has_text(expert));
     let mode = recipe.gate_mode.name;
     let message = || format!("`{mode}` makes gates from prompts, but {} none", experts_have(&without));
     (uses_prompts(recipe) && !without.is_empty()).then(|| Finding::about(&without, message(), |e| places.expert[e].source_model.clone()))
@@ -199,6 +207,13 @@ fn same_model_experts(recipe: &Recipe, places: &Places) -> Option<Finding> {
     (uses_prompts(recipe) && same).then(|| Finding::about(&all(recipe), message(), |e| places.expert[e].source_model.clone()))
 }
 
+fn first_experts(recipe: &Recipe, places: &Places) -> Option<Finding> {
+    let (experts, chosen) = (recipe.experts.len(), recipe.experts_per_token);
+    let message =
+        || format!("`{}` is for composites in which each token runs through all experts, not {chosen} of {experts}", recipe.gate_mode.name);
+    (recipe.gate_mode.all_experts && chosen < experts).then(|| Finding::at(&places.experts_per_token, message()))
+}
+
 fn twin_prompts(recipe: &Recipe, places: &Places) -> Option<Finding> {
     let twins = twins(recipe, prompts).filter(|_| uses_prompts(recipe) && !all_equal(recipe, prompts))?;
     let message = format!("{} the same prompts", experts_have(&twins));
@@ -215,7 +230,7 @@ fn twin_experts(recipe: &Recipe, places: &Places) -> Option<Finding> {
 }
 
 fn same_endings(recipe: &Recipe, places: &Places) -> Option<Finding> {
-    if recipe.gate_mode.needs != Needs::LastState || recipe.chat_template {
+    if recipe.gate_mode.needs() != Some(Needs::LastState) || recipe.chat_template == Some(true) {
         return None;
     }
     // A mean does not change when every ending is repeated as often, so one ending counts once.
@@ -247,7 +262,7 @@ fn circular_negatives(recipe: &Recipe, places: &Places) -> Option<Finding> {
 fn keyword_prompts(recipe: &Recipe, places: &Places) -> Option<Finding> {
     let one_word = |prompt: &String| prompt.split_whitespace().count() == 1;
     let keywords = indices(recipe, |_, expert| !expert.positive_prompts.is_empty() && expert.positive_prompts.iter().all(one_word));
-    let states = matches!(recipe.gate_mode.needs, Needs::LastState | Needs::MeanState);
+    let states = matches!(recipe.gate_mode.needs(), Some(Needs::LastState | Needs::MeanState));
     let message = || format!("the prompts of {} are single words", experts(&keywords));
     (states && !keywords.is_empty()).then(|| Finding::about(&keywords, message(), |e| places.expert[e].positive.clone()))
 }
@@ -284,7 +299,7 @@ impl Finding {
 }
 
 fn uses_prompts(recipe: &Recipe) -> bool {
-    recipe.gate_mode.needs != Needs::Nothing
+    recipe.gate_mode.needs() != Some(Needs::Nothing)
 }
 
 fn prompts(expert: &Expert) -> Option<(&[String], &[String])> {

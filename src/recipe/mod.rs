@@ -41,8 +41,11 @@ pub struct Recipe {
     pub architecture: Option<String>,
     /// How the weights outside the experts are obtained.
     pub shared: Shared,
-    /// Whether prompts are wrapped in the base's chat template before their states are taken.
-    pub chat_template: bool,
+    /// Whether the experts' down projections are fitted to the shared weights and the routing; `None`: where the gates are.
+    pub repair: Option<bool>,
+    /// Whether prompts are wrapped in the base's chat template. Not given, mergekit's gate modes take them as they are, and the text that experts
+    /// write is a chat where prompts are requests and the expert answers them.
+    pub chat_template: Option<bool>,
     /// Where the tokenizer files come from; the base if not given.
     pub tokenizer: Option<ModelRef>,
     /// Tensor layout on disk.
@@ -64,6 +67,8 @@ pub struct Expert {
     pub positive_prompts: Vec<String>,
     /// What it is not for.
     pub negative_prompts: Vec<String>,
+    /// Text of its kind: `.txt` or `.jsonl`. It may be large and is not read with the recipe.
+    pub text_file: Option<PathBuf>,
     /// Standard deviation of noise added to its MLP weights.
     pub noise_scale: Option<f64>,
     /// Factor on its down projection.
@@ -73,15 +78,20 @@ pub struct Expert {
 /// How shared weights are obtained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Shared {
-    /// The base's.
+    /// `Fit` where the experts' differ from the base's, `Base` where they do not, and `Base` under mergekit's gate modes. Settled before
+    /// anything is planned.
     #[default]
+    Auto,
+    /// The base's.
     Base,
     /// The mean of the experts'.
     Average,
+    /// Fitted to what they do in each expert's own model.
+    Fit,
 }
 
 impl Shared {
-    const ALL: [(&'static str, Self); 2] = [("base", Self::Base), ("average", Self::Average)];
+    const ALL: [(&'static str, Self); 4] = [("auto", Self::Auto), ("base", Self::Base), ("average", Self::Average), ("fit", Self::Fit)];
 }
 
 /// Tensor layout of a composite on disk.
@@ -114,7 +124,7 @@ pub fn read(file: &Path, allow: &[String]) -> Result<(Recipe, Vec<Problem>), Rec
     parse(&fs_err::read_to_string(file)?, file, allow)
 }
 
-/// The same from text. `file` is shown in messages, and `prompts_file` paths are relative to its directory.
+/// The same from text. `file` is shown in messages, and `prompts_file` and `text_file` paths are relative to its directory.
 pub fn parse(text: &str, file: &Path, allow: &[String]) -> Result<(Recipe, Vec<Problem>), RecipeError> {
     let mut reader = schema::Reader::new(text, file);
     let failed = |problems: &[Problem]| problems.iter().any(|problem| problem.severity == Severity::Error);
@@ -129,10 +139,17 @@ pub fn parse(text: &str, file: &Path, allow: &[String]) -> Result<(Recipe, Vec<P
 }
 
 impl Recipe {
+    /// Whether the gates are fitted to the router's true inputs, rather than made from prompts or drawn.
+    pub fn fitted(&self) -> bool {
+        self.gate_mode.needs().is_none()
+    }
+
     /// Whose gates are set: the routed experts, then the shared expert if it has prompts or the method needs none.
     pub fn gated(&self) -> impl Iterator<Item = &Expert> {
-        let shared =
-            self.shared_experts.iter().filter(|shared| self.gate_mode.needs == Needs::Nothing || !shared.positive_prompts.is_empty());
+        let shared = self
+            .shared_experts
+            .iter()
+            .filter(|shared| self.gate_mode.needs() == Some(Needs::Nothing) || !shared.positive_prompts.is_empty());
         self.experts.iter().chain(shared)
     }
 
@@ -143,6 +160,7 @@ impl Recipe {
                 "source_model": expert.source_model.to_string(),
                 "positive_prompts": expert.positive_prompts,
                 "negative_prompts": expert.negative_prompts,
+                "text_file": expert.text_file,
                 "noise_scale": expert.noise_scale,
                 "residual_scale": expert.residual_scale,
             })
@@ -156,7 +174,8 @@ impl Recipe {
             "experts_per_token": self.experts_per_token,
             "architecture": self.architecture,
             "shared": name_of(&Shared::ALL, self.shared),
-            "chat_template": self.chat_template,
+            "repair": self.repair,
+            "chat_template": self.chat_template.map_or_else(|| "auto".into(), Value::Bool),
             "tokenizer": self.tokenizer.as_ref().map(ModelRef::to_string),
             "layout": name_of(&Layout::ALL, self.layout),
             "seed": self.seed,

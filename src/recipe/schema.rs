@@ -2,7 +2,12 @@
 //!
 //! Every mistake is noted and reading goes on, so that one run shows them all. What values mean together is checked by the lints.
 
-use std::{fmt::Display, ops::Range, path::Path, sync::Arc};
+use std::{
+    fmt::Display,
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use upcycle_architectures::{Dtype, families::FAMILIES};
 use upcycle_routers::init;
@@ -16,6 +21,9 @@ use super::{
 
 /// What mergekit-moe calls its outputs; `architecture` is a prefix of one, in any case.
 const OUTPUTS: [&str; 4] = ["Mixtral", "DeepSeek MoE", "Qwen MoE", "Qwen3 MoE"];
+
+/// What to say where a file of the recipe is not found.
+const BESIDE: &str = "the path is relative to the recipe's folder";
 
 /// The keys of one kind of mapping.
 struct Schema {
@@ -39,6 +47,7 @@ const RECIPE: Schema = Schema {
         "experts_per_token",
         "architecture",
         "shared",
+        "repair",
         "chat_template",
         "tokenizer",
         "layout",
@@ -54,7 +63,7 @@ const RECIPE: Schema = Schema {
 
 const EXPERT: Schema = Schema {
     of: "an expert",
-    known: &["source_model", "positive_prompts", "negative_prompts", "prompts_file", "noise_scale", "residual_scale"],
+    known: &["source_model", "positive_prompts", "negative_prompts", "prompts_file", "text_file", "noise_scale", "residual_scale"],
     renamed: &[
         ("model", "source_model"),
         ("prompts", "positive_prompts"),
@@ -150,22 +159,26 @@ impl<'t> Reader<'t> {
         });
         let architecture = self.given(&fields, "architecture", Self::architecture);
         let shared = self.given(&fields, "shared", |reader, entry| reader.choice(entry, &Shared::ALL));
+        let repair = self.given(&fields, "repair", Self::chat_template);
         let layout = self.given(&fields, "layout", |reader, entry| reader.choice(entry, &Layout::ALL));
         let chat_template = self.given(&fields, "chat_template", Self::chat_template);
         let tokenizer = self.given(&fields, "tokenizer", Self::tokenizer);
         let seed = self.given(&fields, "seed", |reader, entry| reader.whole(entry, 0));
 
         let (experts, expert): (Vec<_>, Vec<_>) = experts?.into_iter().unzip();
+        let gate_mode = gate_mode.or_else(|| init::find("hidden"))?;
+        let usual = if gate_mode.all_experts { experts.len() } else { 2 };
         let recipe = Recipe {
             base_model: base_model?,
             experts,
             shared_experts: shared_experts.unwrap_or_default().into_iter().map(|(expert, _)| expert).collect(),
-            gate_mode: gate_mode.or_else(|| init::find("hidden"))?,
+            gate_mode,
             dtype,
-            experts_per_token: experts_per_token.unwrap_or(2),
+            experts_per_token: experts_per_token.unwrap_or(usual),
             architecture,
             shared: shared.unwrap_or_default(),
-            chat_template: chat_template.unwrap_or_default(),
+            repair,
+            chat_template,
             tokenizer,
             layout: layout.unwrap_or_default(),
             seed,
@@ -203,6 +216,7 @@ impl<'t> Reader<'t> {
         let positive = self.given(&fields, "positive_prompts", Self::prompts);
         let file = self.given(&fields, "prompts_file", Self::prompts_file);
         let negative = self.given(&fields, "negative_prompts", Self::prompts);
+        let text_file = self.given(&fields, "text_file", Self::text_file);
         let noise_scale = self.given(&fields, "noise_scale", Self::number);
         let residual_scale = self.given(&fields, "residual_scale", Self::number);
         let source = source?.node.span.clone();
@@ -216,6 +230,7 @@ impl<'t> Reader<'t> {
             source_model: source_model?,
             positive_prompts: positive.into_iter().chain(file).flatten().collect(),
             negative_prompts: negative.unwrap_or_default(),
+            text_file,
             noise_scale,
             residual_scale,
         };
@@ -247,8 +262,22 @@ impl<'t> Reader<'t> {
 
     fn prompts_file(&mut self, entry: &Entry) -> Option<Vec<String>> {
         let name = self.text(&entry.node, "`prompts_file`")?;
-        let path = self.file.path.parent().unwrap_or_else(|| Path::new("")).join(name);
-        self.ok(&entry.node, prompts::read(&path), Some("the path is relative to the recipe's folder"))
+        self.ok(&entry.node, prompts::read(&self.beside(name)), Some(BESIDE))
+    }
+
+    fn text_file(&mut self, entry: &Entry) -> Option<PathBuf> {
+        let name = self.text(&entry.node, "`text_file`")?;
+        let path = self.beside(name);
+        if !path.extension().is_some_and(|end| end == "txt" || end == "jsonl") {
+            let hint = "plain text in a .txt; in a .jsonl one `{\"messages\": [..]}` or `{\"text\": ..}` per line";
+            self.error(&entry.node.span, "a file of text ends in .txt or .jsonl", Some(hint.to_owned()));
+            return None;
+        }
+        self.ok(&entry.node, fs_err::File::open(&path), Some(BESIDE)).map(|_| path)
+    }
+
+    fn beside(&self, name: &str) -> PathBuf {
+        self.file.path.parent().unwrap_or_else(|| Path::new("")).join(name)
     }
 
     fn gate_mode(&mut self, entry: &Entry) -> Option<&'static init::Method> {
@@ -281,15 +310,17 @@ impl<'t> Reader<'t> {
         Some(name.to_owned()).filter(|name| !name.is_empty())
     }
 
+    /// `None` for `auto`, which is what it is when it is not given.
     fn chat_template(&mut self, entry: &Entry) -> Option<bool> {
         let value = match &entry.node.value {
             Value::Bool(value) => Some(*value),
+            Value::Text(text) if text == "auto" => return None,
             Value::Text(text) => text.parse().ok(),
             _ => None,
         };
         if value.is_none() {
             let hint = "it says whether prompts are wrapped in the base's chat template before they are run";
-            self.error(&entry.node.span, "`chat_template` must be `true` or `false`", Some(hint.to_owned()));
+            self.error(&entry.node.span, "`chat_template` must be `true`, `false` or `auto`", Some(hint.to_owned()));
         }
         value
     }

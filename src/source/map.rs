@@ -6,7 +6,7 @@ use bytes::Bytes;
 use memmap2::Mmap;
 
 /// Maps a file read-only. Errors name the file.
-pub(super) fn map(path: &Path) -> io::Result<Bytes> {
+pub(crate) fn map(path: &Path) -> io::Result<Bytes> {
     let file = fs_err::File::open(path)?;
     // SAFETY: a map is sound as long as nobody truncates or rewrites the file under it. Every loader of these formats asks the same of its
     // users, and our own writers never write under a final name: they write a temporary file and rename it, which leaves old maps intact.

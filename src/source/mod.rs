@@ -13,6 +13,7 @@ use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
     sync::Arc,
+    time::UNIX_EPOCH,
 };
 
 use serde_json::Value;
@@ -25,6 +26,7 @@ use self::{
 };
 use crate::recipe::ModelRef;
 
+pub(crate) use self::map::map;
 pub use self::{
     error::SourceError,
     hub::Hub,
@@ -47,6 +49,24 @@ pub struct Source {
     pub weights: Arc<dyn Weights>,
     /// The files beside the weights that a user of the model needs, by file name: tokenizer files, `generation_config.json`, chat template.
     pub sidecars: BTreeMap<String, Sidecar>,
+}
+
+impl Source {
+    /// Its location, and name, length and modification time of the files there: equal stamps, equal weights.
+    pub(crate) fn stamps(&self) -> Vec<String> {
+        let stamp = |path: &Path| {
+            let meta = fs_err::metadata(path).ok()?;
+            let time = meta.modified().ok()?.duration_since(UNIX_EPOCH).ok()?;
+            Some(format!("{:?} {} {}", path.file_name(), meta.len(), time.as_nanos()))
+        };
+        let mut all: Vec<String> = match fs_err::read_dir(&self.location) {
+            Ok(entries) => entries.flatten().filter_map(|entry| stamp(&entry.path())).collect(),
+            Err(_) => stamp(&self.location).into_iter().collect(),
+        };
+        all.sort();
+        all.insert(0, self.location.display().to_string());
+        all
+    }
 }
 
 /// A small file that travels with a model.

@@ -9,7 +9,7 @@ pub fn sidecar(source: &Source, name: &str) -> Option<Vec<u8>> {
     source.sidecars.get(name)?.read().ok()
 }
 
-/// Every id that ends a text: `eos_token_id` of config.json, then of generation_config.json.
+/// Every id that ends a text: `eos_token_id` of `config.json`, then of `generation_config.json`.
 pub fn eos_ids(source: &Source) -> Vec<u32> {
     let mut ids = source.config.eos.clone();
     let generation = sidecar(source, "generation_config.json").and_then(|bytes| serde_json::from_slice::<Value>(&bytes).ok());

@@ -10,7 +10,6 @@ use std::{
     collections::BTreeMap,
     io::Write as _,
     path::{Path, PathBuf},
-    time::UNIX_EPOCH,
 };
 
 use serde_json::{Value, json};
@@ -25,6 +24,7 @@ use crate::{
 
 /// How to write.
 #[derive(Debug, Clone)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a choice of the user's, and any combination is one")]
 pub struct Options {
     /// Most bytes of one shard; a bigger tensor gets a shard of its own.
     pub shard_size: u64,
@@ -225,25 +225,9 @@ fn digest(composite: &Composite, options: &Options) -> String {
         gate.weight.iter().for_each(|value| hash.update(value.to_le_bytes()));
     }
     for source in &composite.sources.all {
-        hash.update(source.location.as_os_str().as_encoded_bytes());
-        stamps(&source.location).iter().for_each(|stamp| hash.update(stamp));
+        source.stamps().iter().for_each(|stamp| hash.update(stamp));
     }
     hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// Name, length and modification time of the files of a model.
-fn stamps(location: &Path) -> Vec<String> {
-    let stamp = |path: &Path| {
-        let meta = fs_err::metadata(path).ok()?;
-        let time = meta.modified().ok()?.duration_since(UNIX_EPOCH).ok()?;
-        Some(format!("{:?} {} {}", path.file_name(), meta.len(), time.as_nanos()))
-    };
-    let mut all: Vec<String> = match fs_err::read_dir(location) {
-        Ok(entries) => entries.flatten().filter_map(|entry| stamp(&entry.path())).collect(),
-        Err(_) => stamp(location).into_iter().collect(),
-    };
-    all.sort();
-    all
 }
 
 fn sidecars(composite: &Composite, recipe: &Recipe, out: &Path, options: &Options) -> Result<(), WriteError> {

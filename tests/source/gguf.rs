@@ -92,8 +92,10 @@ enum Stacking {
 const EXPERTS: usize = 3;
 const EXPERT_FFN: usize = 64;
 
+type Tensors = Vec<(String, Vec<usize>)>;
+
 /// Config and tensors of a sparse family; `None` for a dense one.
-fn sparse(family: &str) -> Option<(serde_json::Value, Vec<(String, Vec<usize>)>)> {
+fn sparse(family: &str) -> Option<(serde_json::Value, Tensors)> {
     let (dense, block, names) = match family {
         "mixtral" => ("llama", "block_sparse_moe", ["w1", "w3", "w2"]),
         "qwen2_moe" => ("qwen2", "mlp", ["gate_proj", "up_proj", "down_proj"]),
@@ -220,17 +222,8 @@ fn byte_level() -> [(&'static str, Value); 8] {
     tokens.extend(('0'..='9').map(String::from));
     tokens.extend(["he", "ll", "hell", "hello", "Ġw", "12", "Ġhe"].map(str::to_owned));
     tokens.extend((tokens.len()..VOCAB).map(|i| format!("<unused{i}>")));
-    let kinds = (0..VOCAB)
-        .map(|i| {
-            Value::I32(if i < 2 {
-                3
-            } else if i == 2 {
-                4
-            } else {
-                1
-            })
-        })
-        .collect();
+    let kind = |i| [3, 3, 4].get(i).copied().unwrap_or(1);
+    let kinds = (0..VOCAB).map(|i| Value::I32(kind(i))).collect();
     [
         ("ggml.model", Value::String("gpt2".into())),
         ("ggml.pre", Value::String("smollm".into())),
@@ -395,7 +388,7 @@ fn llama3_rope_is_recognised() {
         match result {
             Ok(source) => assert_eq!(source.config.rope, hf.config.rope),
             Err(message) => {
-                assert_snapshot!(message, @"`[GGUF]`: `rope_freqs.weight` is not that of Llama 3.1 to 3.3, and its parameters are not stored; use the original checkpoint")
+                assert_snapshot!(message, @"`[GGUF]`: `rope_freqs.weight` is not that of Llama 3.1 to 3.3, and its parameters are not stored; use the original checkpoint");
             }
         }
     }

@@ -4,8 +4,11 @@ use std::path::PathBuf;
 
 use candle_core::{DType, Device};
 use upcycle::{
+    calibrate,
     engine::{Engine, Options, Text},
-    source,
+    plan::{self, Sources},
+    recipe,
+    source::{self, OpenOptions, Source},
 };
 use upcycle_architectures::decoder::Decoder;
 
@@ -21,8 +24,29 @@ pub fn engine(name: &str, options: Options) -> Engine {
 
 /// The same with a changed tokenizer, template or sampling.
 pub fn with_text(name: &str, options: Options, change: impl FnOnce(Text) -> Text) -> Engine {
-    let source = source::open(&demo(name).to_string_lossy().parse().unwrap(), &source::OpenOptions::default()).unwrap();
+    let source = open(name);
     let text = Text::open(&source.sidecars, &source.config).unwrap();
-    let decoder = Decoder::load(source.family, &source.config, &*source.weights, DType::F32, &Device::Cpu).unwrap();
-    Engine::start(decoder, change(text), options).unwrap()
+    Engine::start(decoder(&source), change(text), options).unwrap()
+}
+
+/// An engine over the bundled recipe, composed in memory.
+pub fn composite(options: Options) -> Engine {
+    let (recipe, _) = recipe::read(&demo("recipe.yml"), &[]).unwrap();
+    let opened = |reference: &recipe::ModelRef| Source { reference: reference.clone(), ..open(&reference.path) };
+    let sources = Sources::open(&recipe, |reference, _| Ok::<_, source::SourceError>(opened(reference))).unwrap();
+    let plan = plan::plan(&recipe, &sources, &[]).unwrap();
+    let text = Text::open(&sources.base().sidecars, &plan.config).unwrap();
+    let gates = calibrate::gates(&recipe, sources.base(), || Ok(decoder(sources.base()))).unwrap().gates;
+    let composite = plan::composite(plan, sources, gates, None);
+    let plan = &composite.plan;
+    let decoder = Decoder::load(plan.family(), &plan.config, &composite, DType::F32, &Device::Cpu).unwrap();
+    Engine::start(decoder, text, options).unwrap()
+}
+
+fn open(name: &str) -> Source {
+    source::open(&demo(name).to_string_lossy().parse().unwrap(), &OpenOptions::default()).unwrap()
+}
+
+fn decoder(source: &Source) -> Decoder {
+    Decoder::load(source.family, &source.config, &*source.weights, DType::F32, &Device::Cpu).unwrap()
 }

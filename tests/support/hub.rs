@@ -128,13 +128,14 @@ fn reply(request: &Request, port: u16, behaviour: &mut Behaviour) -> Reply {
         let listing = serde_json::json!({"id": id, "sha": COMMIT, "siblings": siblings});
         return Reply { body: listing.to_string().into_bytes(), ..status("200 OK") };
     }
-    let (id, rest) = path[1..].split_once("/resolve/").unwrap();
-    let (revision, name) = rest.split_once('/').unwrap();
+    let Some((id, (revision, name))) = path[1..].split_once("/resolve/").and_then(|(id, rest)| Some((id, rest.split_once('/')?))) else {
+        return status("404 Not Found");
+    };
     let file = behaviour.repos.get(id).and_then(|files| files.get(name)).filter(|_| known(revision)).cloned();
     let Some(file) = file else { return status("404 Not Found") };
     let hash = format!("{:x}", Sha256::digest(&file));
     let commit = ("X-Repo-Commit", COMMIT.to_owned());
-    if name.ends_with(".safetensors") || name.ends_with(".gguf") {
+    if std::path::Path::new(name).extension().is_some_and(|e| e == "safetensors" || e == "gguf") {
         let linked = [("X-Linked-Etag", format!("\"{hash}\"")), ("X-Linked-Size", file.len().to_string())];
         let location = ("Location", format!("http://localhost:{port}/cdn/{id}/{name}"));
         return Reply { headers: [commit, location].into_iter().chain(linked).collect(), ..status("302 Found") };

@@ -15,7 +15,12 @@ pub(super) struct Mlp {
 impl Mlp {
     /// x [N, D] -> [N, D]
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let [gate, up, down] = &self.projections;
+        self.output(&self.hidden(x)?)
+    }
+
+    /// What the down projection sees: x [N, D] -> [N, F]
+    pub fn hidden(&self, x: &Tensor) -> Result<Tensor> {
+        let [gate, up, _] = &self.projections;
         let gate = gate.forward(x)?; // [N, F]
         let gate = match self.activation {
             Activation::Silu => gate.silu(),
@@ -23,6 +28,11 @@ impl Mlp {
             Activation::GeluTanh => gate.gelu(),
             Activation::Relu => gate.relu(),
         }?;
-        down.forward(&(gate * up.forward(x)?)?)
+        gate * up.forward(x)?
+    }
+
+    /// hidden [N, F] -> [N, D]
+    pub fn output(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.projections[2].forward(hidden)
     }
 }

@@ -8,6 +8,7 @@
 //! rows and many: the two are multiplied in ways that sum in different orders (see `matrix.rs`; seen with candle's default gemm).
 
 mod attention;
+mod block;
 mod cache;
 mod load;
 mod matrix;
@@ -20,7 +21,6 @@ use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 use upcycle_routers::route::Routing;
 
-pub use self::cache::Cache;
 use self::{
     attention::Attention,
     load::Model,
@@ -29,6 +29,10 @@ use self::{
     moe::Sparse,
     norm::Norm,
     rope::Table,
+};
+pub use self::{
+    block::{Block, Sequences},
+    cache::Cache,
 };
 use crate::{
     config::Config,

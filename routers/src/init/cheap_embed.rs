@@ -1,6 +1,6 @@
 //! `cheap_embed`: an expert's gate points to the sum of its prompts' token embeddings, in every layer alike. No forward pass is needed.
 
-use super::{Method, Needs, PromptState, Shape, Statistics, gate};
+use super::{How, Method, Needs, PromptState, Shape, Statistics, gate};
 use crate::gate::Gate;
 
 /// The method.
@@ -8,8 +8,8 @@ pub const METHOD: Method = Method {
     name: "cheap_embed",
     aliases: &[],
     about: "sum of the prompts' token embeddings, the same in every layer: runs no model",
-    needs: Needs::Embeddings,
-    init,
+    all_experts: false,
+    how: How::Prompts { needs: Needs::Embeddings, init },
 };
 
 fn init(shape: Shape, statistics: &Statistics) -> Vec<Gate> {

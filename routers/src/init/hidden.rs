@@ -2,7 +2,7 @@
 //!
 //! The states are those that *enter* a layer, where mergekit-moe takes them; the router later sees the normed state after attention.
 
-use super::{Method, Needs, PromptState, Shape, Statistics, gate, round_bf16};
+use super::{How, Method, Needs, PromptState, Shape, Statistics, gate, round_bf16};
 use crate::gate::Gate;
 
 /// The method.
@@ -10,8 +10,8 @@ pub const METHOD: Method = Method {
     name: "hidden",
     aliases: &["hidden_last"],
     about: "mean state of the prompts' last tokens in each layer, minus that of the negative prompts",
-    needs: Needs::LastState,
-    init,
+    all_experts: false,
+    how: How::Prompts { needs: Needs::LastState, init },
 };
 
 pub(super) fn init(shape: Shape, statistics: &Statistics) -> Vec<Gate> {

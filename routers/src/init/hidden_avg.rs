@@ -1,12 +1,12 @@
 //! `hidden_avg`: as `hidden`, but over all positions of the prompts, not only the last.
 
-use super::{Method, Needs, hidden};
+use super::{How, Method, Needs, hidden};
 
 /// The method.
 pub const METHOD: Method = Method {
     name: "hidden_avg",
     aliases: &[],
     about: "mean state of all the prompts' tokens in each layer, minus that of the negative prompts",
-    needs: Needs::MeanState,
-    init: hidden::init,
+    all_experts: false,
+    how: How::Prompts { needs: Needs::MeanState, init: hidden::init },
 };

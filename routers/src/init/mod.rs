@@ -1,17 +1,26 @@
 //! The ways to set a gate: a new one costs its file and a line in [`METHODS`].
 //!
-//! A method says what it needs to know of the experts' prompts ([`Needs`]); whoever runs the model gathers that as [`Statistics`].
-//! The rounding of every step is part of a method: a recipe gives the gates that mergekit-moe gives it.
+//! Some methods look at the experts' prompts in the base ([`How::Prompts`]): they say what they need to know ([`Needs`]), and whoever runs the
+//! model gathers that as [`Statistics`]. The rounding of every step is part of such a method: a recipe gives the gates that mergekit-moe gives
+//! it. The others are fitted to what the routers of the composite itself see ([`How::Fitted`]), layer after layer.
 
+mod auto;
+mod centroid;
 mod cheap_embed;
+mod fit;
 mod hidden;
 mod hidden_avg;
+mod lda;
 mod random;
+mod ridge;
+mod softmax;
 mod torch_rng;
+mod uniform;
 mod uniform_random;
 
 use half::bf16;
 
+pub use self::fit::{Candidate, FitError, FitReport, Fitted, fit};
 use crate::gate::Gate;
 
 /// What a method must be given.
@@ -96,14 +105,58 @@ pub struct Method {
     pub aliases: &'static [&'static str],
     /// one line for help texts
     pub about: &'static str,
-    /// what it must be given
-    pub needs: Needs,
-    /// computes one gate per layer
-    pub init: fn(Shape, &Statistics) -> Vec<Gate>,
+    /// whether it means anything only where every token runs through all experts
+    pub all_experts: bool,
+    /// from what
+    pub how: How,
+}
+
+/// From what gates are made.
+#[derive(Debug)]
+pub enum How {
+    /// From the experts' prompts in the base, if anything: all layers at once.
+    Prompts {
+        /// what it must be given
+        needs: Needs,
+        /// computes one gate per layer
+        init: fn(Shape, &Statistics) -> Vec<Gate>,
+    },
+    /// From what the composite's routers see in text of each expert's domain: by [`fit`], for each layer.
+    Fitted(&'static [Candidate]),
+}
+
+impl Method {
+    /// What it must know of the prompts in the base; `None` if it is fitted.
+    pub fn needs(&self) -> Option<Needs> {
+        match self.how {
+            How::Prompts { needs, .. } => Some(needs),
+            How::Fitted(_) => None,
+        }
+    }
+
+    /// What it fits; nothing if it is not fitted.
+    pub fn candidates(&self) -> &'static [Candidate] {
+        match self.how {
+            How::Prompts { .. } => &[],
+            How::Fitted(candidates) => candidates,
+        }
+    }
 }
 
 /// Every method.
-pub const METHODS: &[&Method] = &[&hidden::METHOD, &hidden_avg::METHOD, &cheap_embed::METHOD, &random::METHOD, &uniform_random::METHOD];
+pub const METHODS: &[&Method] = &[
+    &auto::METHOD,
+    &softmax::METHOD,
+    &ridge::METHOD,
+    &lda::METHOD,
+    &centroid::METHOD,
+    &hidden::METHOD,
+    &hidden_avg::METHOD,
+    &cheap_embed::METHOD,
+    &uniform::METHOD,
+    &random::METHOD,
+    &uniform_random::METHOD,
+];
 
 /// The method of that name or alias.
 pub fn find(name: &str) -> Option<&'static Method> {
@@ -125,6 +178,13 @@ fn split(values: &[f32], shape: Shape) -> Vec<Gate> {
 mod tests {
     use super::*;
 
+    fn init_of(method: &Method) -> fn(Shape, &Statistics) -> Vec<Gate> {
+        match method.how {
+            How::Prompts { init, .. } => init,
+            How::Fitted(_) => panic!("{} is fitted", method.name),
+        }
+    }
+
     #[test]
     fn names_and_aliases_are_unique_and_found() {
         let names: Vec<&str> = METHODS.iter().flat_map(|m| m.aliases.iter().copied().chain([m.name])).collect();
@@ -140,7 +200,7 @@ mod tests {
     fn drawn_gates_have_the_asked_shape_and_depend_on_the_seed_alone() {
         let shape = Shape { layers: 3, experts: 5, hidden: 7, seed: 1 };
         for method in [&random::METHOD, &uniform_random::METHOD] {
-            let draw = |seed| (method.init)(Shape { seed, ..shape }, &Statistics::default());
+            let draw = |seed| init_of(method)(Shape { seed, ..shape }, &Statistics::default());
             let gates = draw(1);
             assert_eq!(gates.len(), 3);
             assert!(gates.iter().all(|g| g.experts == 5 && g.hidden == 7 && g.weight.len() == 35));
@@ -148,7 +208,7 @@ mod tests {
             assert_ne!(gates, draw(2));
             assert_ne!(gates[0], gates[1]);
         }
-        let uniform = (uniform_random::METHOD.init)(shape, &Statistics::default());
+        let uniform = init_of(&uniform_random::METHOD)(shape, &Statistics::default());
         assert!(uniform.iter().flat_map(|g| &g.weight).all(|v| v.abs() <= 1.0 / 7f32.sqrt()));
     }
 
@@ -164,7 +224,7 @@ mod tests {
 
     #[test]
     fn hidden_is_the_unit_difference_of_means_in_bf16() {
-        let gates = (hidden::METHOD.init)(SHAPE, &statistics());
+        let gates = init_of(&hidden::METHOD)(SHAPE, &statistics());
         // computed with torch in bf16 from the same sums and counts
         let expected = [[0.40820, 0.81641, -0.40820], [0.08496, 0.11084, -0.98828], [-0.40820, 0.81641, -0.40820]];
         for (e, row) in expected.iter().enumerate() {
@@ -177,7 +237,7 @@ mod tests {
 
     #[test]
     fn cheap_embed_subtracts_unit_vectors_and_is_the_same_in_every_layer() {
-        let gates = (cheap_embed::METHOD.init)(SHAPE, &statistics());
+        let gates = init_of(&cheap_embed::METHOD)(SHAPE, &statistics());
         assert_eq!(gates.len(), 2);
         assert_eq!(gates[0], gates[1]);
         // (2, 2, -1) / 3 minus (0.5, 0.25, 9) / |.|, unit
@@ -192,7 +252,7 @@ mod tests {
         let layers = vec![vec![PromptState { positive: pooled.clone(), negative: Some(pooled) }]];
         let shape = Shape { layers: 1, experts: 1, hidden: 2, seed: 0 };
         for method in [&hidden::METHOD, &hidden_avg::METHOD, &cheap_embed::METHOD] {
-            assert_eq!((method.init)(shape, &Statistics { layers: layers.clone() })[0].weight, [0.0, 0.0], "{}", method.name);
+            assert_eq!(init_of(method)(shape, &Statistics { layers: layers.clone() })[0].weight, [0.0, 0.0], "{}", method.name);
         }
     }
 
@@ -201,7 +261,7 @@ mod tests {
         let (straight, mut turned) = (statistics(), statistics());
         turned.layers.iter_mut().for_each(|states| states.rotate_left(1));
         for method in [&hidden::METHOD, &cheap_embed::METHOD] {
-            let (a, b) = ((method.init)(SHAPE, &straight), (method.init)(SHAPE, &turned));
+            let (a, b) = (init_of(method)(SHAPE, &straight), init_of(method)(SHAPE, &turned));
             for (a, b) in a.iter().zip(&b) {
                 assert!((0..3).all(|e| a.row((e + 1) % 3) == b.row(e)), "{}", method.name);
             }

@@ -1,6 +1,6 @@
 //! `random`: standard normal gates. Prompts are not looked at; a baseline, or a start for training.
 
-use super::{Method, Needs, Shape, Statistics, split, torch_rng::TorchRng};
+use super::{How, Method, Needs, Shape, Statistics, split, torch_rng::TorchRng};
 use crate::gate::Gate;
 
 /// The method.
@@ -8,8 +8,8 @@ pub const METHOD: Method = Method {
     name: "random",
     aliases: &[],
     about: "standard normal numbers: needs no prompts, routes at random",
-    needs: Needs::Nothing,
-    init,
+    all_experts: false,
+    how: How::Prompts { needs: Needs::Nothing, init },
 };
 
 fn init(shape: Shape, _: &Statistics) -> Vec<Gate> {

@@ -1,6 +1,6 @@
 //! `uniform_random`: gates uniform in ±√(1/D), the usual start of a linear layer. Prompts are not looked at.
 
-use super::{Method, Needs, Shape, Statistics, split, torch_rng::TorchRng};
+use super::{How, Method, Needs, Shape, Statistics, split, torch_rng::TorchRng};
 use crate::gate::Gate;
 
 /// The method.
@@ -8,8 +8,8 @@ pub const METHOD: Method = Method {
     name: "uniform_random",
     aliases: &[],
     about: "uniform numbers in ±√(1/D), a linear layer's usual start: needs no prompts, routes at random",
-    needs: Needs::Nothing,
-    init,
+    all_experts: false,
+    how: How::Prompts { needs: Needs::Nothing, init },
 };
 
 fn init(shape: Shape, _: &Statistics) -> Vec<Gate> {

@@ -165,6 +165,11 @@ impl Gguf {
         }
     }
 
+    /// A list of strings that must be there.
+    pub(super) fn strings(&self, key: &str) -> Result<impl Iterator<Item = Cow<'_, str>>> {
+        self.array(key)?.and_then(Array::strings).ok_or_else(|| format!("metadata `{key}` is missing, or not a list of strings"))
+    }
+
     pub(super) fn array(&self, key: &str) -> Result<Option<&Array>> {
         match self.metadata.get(key) {
             None => Ok(None),
@@ -176,7 +181,7 @@ impl Gguf {
 
 impl Array {
     /// Its strings; `None` if it is of another kind. (Some files have tokens that are no UTF-8.)
-    pub(super) fn strings(&self) -> Option<impl Iterator<Item = Cow<'_, str>>> {
+    fn strings(&self) -> Option<impl Iterator<Item = Cow<'_, str>>> {
         let mut rest = &self.data[..];
         let next = move |_| {
             let (length, after) = rest.split_first_chunk::<8>()?;

@@ -132,8 +132,8 @@ pub(super) fn dtype(stored: &Stored) -> Option<Dtype> {
 /// The values of a tensor outside the families' own.
 pub(super) fn floats(gguf: &Gguf, name: &str) -> Result<Vec<f32>, String> {
     let stored = gguf.tensors.get(name).ok_or_else(|| format!("tensor `{name}` is missing"))?;
-    let dtype = stored.dtype.clone()?;
-    let view = Tensor { stored: stored.clone(), dtype, interleaved: None }.read().map_err(|error| format!("tensor `{name}`: {error}"))?;
+    let dtype = stored.dtype.clone().map_err(|dtype| format!("tensor `{name}` is stored as {dtype}, which is not read"))?;
+    let view = Tensor { stored: stored.clone(), dtype, interleaved: None }.read(name).map_err(|error| error.to_string())?;
     Ok(view.to_f32())
 }
 
@@ -142,24 +142,32 @@ impl Tensor {
         TensorInfo { dtype: dtype(&self.stored).unwrap_or(Dtype::F32), shape: self.stored.shape.clone() }
     }
 
-    fn read(&self) -> candle_core::Result<View> {
-        let info = self.info();
-        let data = &self.stored.data;
-        let data = match self.dtype {
-            GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16 => data.clone(),
-            // `read` has checked that the bytes are as many as the shape needs, and where they begin: candle casts the pointer.
-            dtype => {
-                let values = qtensor_from_ggml(dtype, data, info.shape.clone(), &Device::Cpu)?.dequantize(&Device::Cpu)?;
-                values.flatten_all()?.to_vec1::<f32>()?.into_iter().flat_map(f32::to_le_bytes).collect()
+    fn read(&self, name: &str) -> Result<View, WeightsError> {
+        let TensorInfo { dtype, shape } = self.info();
+        let mut view = match self.dtype {
+            GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16 => View { info: TensorInfo { dtype, shape }, data: self.stored.data.clone() },
+            quantised => {
+                let values = dequantise(quantised, &self.stored.data, &shape);
+                let values = values.map_err(|error| WeightsError::Read { tensor: name.to_owned(), reason: error.to_string() })?;
+                View::from_f32(&values, dtype, shape)?
             }
         };
-        let data = self.interleaved.map_or(data.clone(), |heads| rotate_half_order(&data, heads, info.shape.first().copied().unwrap_or(0)));
-        Ok(View { info, data })
+        if let (Some(heads), Some(rows)) = (self.interleaved, view.info.shape.first()) {
+            view.data = half_split_order(&view.data, heads, *rows);
+        }
+        Ok(view)
     }
 }
 
+/// The values of a quantised tensor. candle casts the bytes to its blocks without a check of its own: `read` has seen to it that they are
+/// as many as the shape needs and lie at a multiple of 8 in the map, or a whole number of blocks behind one. (Blocks are of even size, and
+/// no field of one is wider than two bytes.)
+fn dequantise(dtype: GgmlDType, data: &[u8], shape: &[usize]) -> candle_core::Result<Vec<f32>> {
+    qtensor_from_ggml(dtype, data, shape.to_vec(), &Device::Cpu)?.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()
+}
+
 /// llama.cpp turns neighbouring rows (2i, 2i+1) of a head; transformers turns (i, i + hd/2). This is the order of transformers.
-fn rotate_half_order(data: &[u8], heads: usize, rows: usize) -> Bytes {
+fn half_split_order(data: &[u8], heads: usize, rows: usize) -> Bytes {
     let (row, half) = (data.len() / rows.max(1), rows / heads.max(1) / 2);
     let mut out = Vec::with_capacity(data.len());
     for head in 0..heads {
@@ -183,7 +191,6 @@ impl Weights for Tensors {
     }
 
     fn read(&self, name: &str) -> Result<View, WeightsError> {
-        let tensor = self.0.get(name).ok_or_else(|| WeightsError::Missing { tensor: name.to_owned() })?;
-        tensor.read().map_err(|error| WeightsError::Read { tensor: name.to_owned(), reason: error.to_string() })
+        self.0.get(name).ok_or_else(|| WeightsError::Missing { tensor: name.to_owned() })?.read(name)
     }
 }

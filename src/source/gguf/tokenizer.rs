@@ -67,10 +67,7 @@ struct Vocabulary {
 
 impl Vocabulary {
     fn read(gguf: &Gguf) -> Result<Self> {
-        let key = "tokenizer.ggml.tokens";
-        let tokens =
-            gguf.array(key)?.and_then(|array| array.strings()).ok_or_else(|| format!("metadata `{key}` is not a list of strings"))?;
-        let tokens: Vec<String> = tokens.map(std::borrow::Cow::into_owned).collect();
+        let tokens: Vec<String> = gguf.strings("tokenizer.ggml.tokens")?.map(std::borrow::Cow::into_owned).collect();
         let kinds = gguf.array("tokenizer.ggml.token_type")?.and_then(|array| array.integers()).map(Iterator::collect);
         let kinds: Vec<i64> = kinds.unwrap_or_else(|| vec![1; tokens.len()]);
         if kinds.len() != tokens.len() {
@@ -153,9 +150,7 @@ fn byte_level(gguf: &Gguf, vocabulary: &Vocabulary) -> Result<(Value, bool)> {
     let splitting = splitting(name).ok_or_else(|| {
         format!("`tokenizer.ggml.pre` is `{name}`, whose splitting pattern is not known here; use the model's Hugging Face directory")
     })?;
-    let key = "tokenizer.ggml.merges";
-    let merges = gguf.array(key)?.and_then(|array| array.strings()).ok_or_else(|| format!("metadata `{key}` is not a list of strings"))?;
-    let merges = merges.map(|merge| merge_of(&merge, vocabulary)).collect::<Result<Vec<_>>>()?;
+    let merges = gguf.strings("tokenizer.ggml.merges")?.map(|merge| merge_of(&merge, vocabulary)).collect::<Result<Vec<_>>>()?;
     let mut steps: Vec<Value> = splitting
         .patterns
         .iter()

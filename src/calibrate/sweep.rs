@@ -1,0 +1,470 @@
+//! Gates, shared weights and repaired experts from text, in closed form, in one sweep over the layers.
+//!
+//! All experts walk through their texts in lock-step, twice: in their *own* model, which says what should come out, and in the *composite*,
+//! as far as it is fitted, which says what goes in. Layer by layer the sweep solves, in this order,
+//!
+//! 1. q, k, v: the matrix that makes from the composite's inputs what each expert's own makes from its own inputs, by least squares, held
+//!    near the experts' mean weighted by their inputs' second moments (RegMean, arXiv 2212.09849);
+//! 2. o: the matrix that brings the residual stream to where it is in the expert's own model;
+//! 3. the gate, on the composite's true router inputs, labelled with the text's expert;
+//! 4. the experts' down projections, together, under the routing that this gate gives: they make up for wrongly routed tokens and for
+//!    what the shared weights could not do. The tokens of a fold are routed by a gate fitted on the other folds, so that routing goes
+//!    wrong here as often as it will on new text.
+//!
+//! Then the head, like q. Besides the states of all tokens, only one layer's weights and moments are held. N tokens of all texts, E experts,
+//! D hidden, F ffn, V vocabulary.
+
+use std::{collections::BTreeMap, ops::Range, path::Path};
+
+use candle_core::{DType, Device, Result as TensorResult, Tensor};
+use upcycle_architectures::{
+    AttentionPart, LayerRole, Projection, Role, View,
+    decoder::{Block, Sequences},
+};
+use upcycle_routers::{
+    gate::Gate,
+    init::{self, FitError, Fitted},
+    linalg,
+    route::{Rule, route},
+    statistics::{LayerStatistics, Shape},
+};
+
+use super::{
+    CalibrateError,
+    store::{Overlay, Store, Writer},
+    text::Corpus,
+};
+use crate::{
+    plan::Plan,
+    recipe::{Recipe, Shared},
+    source::Source,
+};
+
+/// Groups of sequences, each routed by a gate that did not see it.
+const FOLDS: usize = 4;
+/// Router inputs of each expert's text that a gate is fitted to as they are; more are summed up.
+const ROWS: usize = 16_384;
+/// How strongly a fitted matrix is held to the weighted mean, relative to the mean diagonal of its inputs' moments.
+const SHARED_RIDGE: f64 = 1e-2;
+/// How strongly a down projection is held to the expert's own, likewise.
+const REPAIR_RIDGE: f64 = 0.1;
+/// Rounds of solving for one expert after the other.
+const REPAIR_ROUNDS: usize = 2;
+/// Factor on the off-diagonal of an expert's moments in the weighted mean.
+const SHRINK: f64 = 0.95;
+/// Added to each token's share of a text when embeddings are averaged by use, relative to a uniform share.
+const UNUSED: f32 = 0.02;
+
+/// What is fitted besides the gates.
+pub(super) struct Sweep<'a> {
+    pub recipe: &'a Recipe,
+    pub plan: &'a Plan,
+    pub base: &'a Source,
+    /// the routed experts' sources
+    pub experts: Vec<&'a Source>,
+    pub device: &'a Device,
+}
+
+/// All texts, end to end, expert by expert.
+struct Texts {
+    own: Vec<Sequences>,
+    all: Sequences,
+    rows: Vec<Range<usize>>,
+    /// [N, 1], the same sum for every expert, mean 1; 0 where a token does not count
+    weight: Tensor,
+    labels: Vec<u32>,
+    folds: Vec<usize>,
+}
+
+impl Sweep<'_> {
+    /// Runs the sweep over the corpus; tensors go to the file `path`. `progress` is told the layers done.
+    pub fn run(&self, corpus: &Corpus, path: &Path, keep: &Path, progress: &dyn Fn(usize)) -> Result<Store, CalibrateError> {
+        let texts = self.texts(corpus)?;
+        let mut store = Writer::create(path)?;
+        let mut own =
+            self.experts.iter().zip(&texts.own).map(|(e, texts)| embed(e, None, texts, self.device)).collect::<Result<Vec<_>, _>>()?;
+        let embedding = if self.fits() { Some(self.embedding(&texts)?) } else { self.averaged(Role::Embedding)? };
+        let mut c = embed(self.base, embedding.as_ref(), &texts.all, self.device)?; // [N, D]
+        if self.fits() {
+            self.put(&mut store, Role::Embedding, embedding.as_ref())?;
+        }
+        let mut gates = Vec::new();
+        let mut notes = Vec::new();
+        for l in 0..self.base.config.layers {
+            let (gate, note) = self.layer(l, &texts, &mut own, &mut c, &mut store)?;
+            gates.push(gate);
+            notes.push(format!("layer {l}: {note}"));
+            progress(l + 1);
+        }
+        if self.fits() {
+            let head = self.head(&texts, &own, &c)?;
+            self.put(&mut store, Role::Head, Some(&head))?;
+        }
+        Ok(store.finish(gates, notes, keep)?)
+    }
+
+    fn fits(&self) -> bool {
+        self.recipe.shared == Shared::Fit
+    }
+
+    fn texts(&self, corpus: &Corpus) -> Result<Texts, CalibrateError> {
+        let (mut own, mut rows, mut weight, mut labels, mut folds) = (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let mut all = Vec::new();
+        for (e, sequences) in corpus.experts.iter().enumerate() {
+            let start = labels.len();
+            let counted = sequences.iter().flat_map(|s| &s.counts).filter(|c| **c).count().max(1);
+            for (i, sequence) in sequences.iter().enumerate() {
+                weight.extend(sequence.counts.iter().map(|&counts| if counts { 1.0 / counted as f32 } else { 0.0 }));
+                labels.extend(sequence.tokens.iter().map(|_| e as u32));
+                folds.extend(sequence.tokens.iter().map(|_| i * FOLDS / sequences.len()));
+            }
+            let tokens: Vec<Vec<u32>> = sequences.iter().map(|s| s.tokens.clone()).collect();
+            all.extend(tokens.clone());
+            own.push(Sequences::new(tokens, &self.base.config, self.device)?);
+            rows.push(start..labels.len());
+        }
+        let n = labels.len();
+        let scale = n as f32 / corpus.experts.len() as f32;
+        let weight = Tensor::from_vec(weight.iter().map(|w| w * scale).collect::<Vec<f32>>(), (n, 1), self.device)?;
+        Ok(Texts { own, all: Sequences::new(all, &self.base.config, self.device)?, rows, weight, labels, folds })
+    }
+
+    /// One layer: `own` and `c` go in as the residual streams entering it and come out as those leaving it.
+    fn layer(
+        &self,
+        l: usize,
+        texts: &Texts,
+        own: &mut [Tensor],
+        c: &mut Tensor,
+        store: &mut Writer,
+    ) -> Result<(Gate, String), CalibrateError> {
+        let blocks =
+            self.experts.iter().map(|e| Block::load(e.family, &e.config, &*e.weights, l, self.device)).collect::<Result<Vec<_>, _>>()?;
+        let mut over = BTreeMap::new();
+        for role in self.small_roles(l) {
+            self.place(&mut over, role, self.averaged(role)?);
+        }
+
+        // What comes out of attention in the experts' own models.
+        let inputs = blocks.iter().zip(&*own).map(|(b, x)| b.attention_input(x)).collect::<TensorResult<Vec<_>>>()?;
+        let mixed =
+            blocks.iter().zip(&inputs).zip(&texts.own).map(|((b, z), texts)| b.attend(z, texts)).collect::<TensorResult<Vec<_>>>()?;
+        let attended = blocks.iter().zip(&*own).zip(&mixed).map(|((b, x), z)| x + b.project(AttentionPart::O, z)?);
+        let attended = attended.collect::<TensorResult<Vec<_>>>()?;
+
+        // The composite's attention.
+        let attention = |part| Role::Layer(l, LayerRole::Attention(part));
+        let z = self.block(l, &over)?.attention_input(c)?; // [N, D]
+        for (part, bias) in
+            [(AttentionPart::Q, AttentionPart::QBias), (AttentionPart::K, AttentionPart::KBias), (AttentionPart::V, AttentionPart::VBias)]
+        {
+            if self.fits() {
+                let targets = blocks.iter().zip(&inputs).map(|(b, z)| b.project(part, z)).collect::<TensorResult<Vec<_>>>()?;
+                let targets = self.without_bias(Tensor::cat(&targets, 0)?, attention(bias), self.base.config.qkv_bias)?;
+                let matrix = self.fit_matrix(attention(part), texts, &inputs, &z, &targets)?;
+                self.put(store, attention(part), Some(&matrix))?;
+                self.place(&mut over, attention(part), Some(matrix));
+            } else {
+                self.place(&mut over, attention(part), self.averaged(attention(part))?);
+            }
+        }
+        let z = self.block(l, &over)?.attend(&z, &texts.all)?; // [N, H hd]
+        if self.fits() {
+            let targets = (Tensor::cat(&attended, 0)? - &*c)?;
+            let targets = self.without_bias(targets, attention(AttentionPart::OBias), self.base.config.o_bias)?;
+            let matrix = self.fit_matrix(attention(AttentionPart::O), texts, &mixed, &z, &targets)?;
+            self.put(store, attention(AttentionPart::O), Some(&matrix))?;
+            self.place(&mut over, attention(AttentionPart::O), Some(matrix));
+        } else {
+            self.place(&mut over, attention(AttentionPart::O), self.averaged(attention(AttentionPart::O))?);
+        }
+        drop((inputs, mixed));
+        let shared = self.block(l, &over)?;
+        let m = (&*c + shared.project(AttentionPart::O, &z)?)?; // [N, D]
+
+        // What comes out of the layer in the experts' own models.
+        for ((x, block), m) in own.iter_mut().zip(&blocks).zip(&attended) {
+            *x = (m + dense(block.mlp_hidden(&block.mlp_input(m)?).and_then(|h| h.map(|h| block.mlp_output(&h)).transpose()))??)?;
+        }
+        let target = (Tensor::cat(own, 0)? - &m)?;
+
+        let r = shared.mlp_input(&m)?; // [N, D]
+        let (gate, held_out, note) = self.gate(l, texts, &r)?;
+        let routing = route(&held_out, self.experts.len(), Rule { top_k: self.plan.top_k(), normalise: true });
+
+        // The experts under that routing.
+        let mut rest = target.clone();
+        let mut chosen = Vec::new();
+        for (e, block) in blocks.iter().enumerate() {
+            let picks = routing.experts.iter().zip(&routing.weights).enumerate().filter(|(_, (expert, _))| **expert as usize == e);
+            let (ids, gains): (Vec<u32>, Vec<f32>) = picks.map(|(i, (_, weight))| ((i / routing.top_k) as u32, *weight)).unzip();
+            let n = ids.len();
+            if n == 0 {
+                chosen.push(None);
+                continue;
+            }
+            let ids = Tensor::from_vec(ids, n, self.device)?;
+            // Where norms are folded, an expert sees its own.
+            let seen = if self.fits() { block.mlp_input(&m.index_select(&ids, 0)?)? } else { r.index_select(&ids, 0)? };
+            let gains = Tensor::from_vec(gains, (n, 1), self.device)?;
+            let a = dense(block.mlp_hidden(&seen))??.broadcast_mul(&gains)?; // [n, F]
+            let y = dense(block.mlp_output(&a))??; // [n, D]
+            rest = rest.index_add(&ids, &y.neg()?, 0)?;
+            chosen.push(Some((ids, a)));
+        }
+        if self.plan.repaired {
+            self.repair(l, texts, &chosen, &mut rest, store)?;
+        }
+        *c = (m + (target - rest)?)?;
+        Ok((gate, note))
+    }
+
+    /// The gate for router inputs `r`, [N, D]; logits, [N, E], of every token from the gate that did not see its fold; and how it came about.
+    fn gate(&self, l: usize, texts: &Texts, r: &Tensor) -> Result<(Gate, Vec<f32>, String), CalibrateError> {
+        let (n, hidden) = r.dims2()?;
+        let experts = self.experts.len();
+        let host = |tensor: &Tensor| tensor.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>();
+        let (inputs, weights) = (host(r)?, host(&texts.weight)?);
+        let mut statistics = LayerStatistics::new(Shape { hidden, domains: experts, folds: FOLDS, rows: ROWS });
+        let part = |i: usize| (texts.labels[i], texts.folds[i]);
+        let failed = |cause: FitError| CalibrateError::Gate { layer: l, cause };
+        for run in (0..n).collect::<Vec<_>>().chunk_by(|a, b| part(*a) == part(*b)) {
+            let counted = run.iter().filter(|i| weights[**i] > 0.0);
+            let rows: Vec<f32> = counted.flat_map(|i| &inputs[i * hidden..(i + 1) * hidden]).copied().collect();
+            let (domain, fold) = part(run[0]);
+            statistics.add(domain as usize, fold, &rows).map_err(|cause| failed(cause.into()))?;
+        }
+        let Fitted { gate, without, report } = init::fit(self.recipe.gate_mode.candidates(), &statistics).map_err(failed)?;
+        let mut logits = Vec::with_capacity(n * experts);
+        for run in (0..n).collect::<Vec<_>>().chunk_by(|a, b| texts.folds[*a] == texts.folds[*b]) {
+            let gate = without.get(texts.folds[run[0]]).unwrap_or(&gate);
+            let gate = Tensor::from_slice(&gate.weight, (experts, hidden), self.device)?;
+            logits.extend(host(&r.narrow(0, run[0], run.len())?.matmul(&gate.t()?)?)?);
+        }
+        Ok((gate, logits, report.why))
+    }
+
+    /// All down projections at once, one expert after the other (block Gauss-Seidel): minimises over the changes C_e
+    /// sum_i w_i |rest_i - sum_e a_ie C_e^T|^2 + ridge |C_e|^2, with a_ie the expert's hidden state times its routing weight.
+    fn repair(
+        &self,
+        l: usize,
+        texts: &Texts,
+        chosen: &[Option<(Tensor, Tensor)>],
+        rest: &mut Tensor,
+        store: &mut Writer,
+    ) -> Result<(), CalibrateError> {
+        let mut grams = Vec::new();
+        for pick in chosen {
+            grams.push(match pick {
+                Some((ids, a)) => {
+                    let w = texts.weight.index_select(ids, 0)?;
+                    Some((a.broadcast_mul(&w)?.t()?.matmul(a)?, w))
+                }
+                None => None,
+            });
+        }
+        let (d, f) = (self.base.config.hidden, self.base.config.ffn);
+        let mut changes = vec![Tensor::zeros((d, f), DType::F32, self.device)?; chosen.len()];
+        for _ in 0..REPAIR_ROUNDS {
+            for (e, pick) in chosen.iter().enumerate() {
+                let (Some((ids, a)), Some((gram, w))) = (pick, &grams[e]) else { continue };
+                let left = rest.index_select(ids, 0)?.broadcast_mul(w)?;
+                let b = (left.t()?.matmul(a)? + changes[e].matmul(gram)?)?; // [D, F]
+                let change = solve(gram, REPAIR_RIDGE, &b)?;
+                let step = a.matmul(&(&changes[e] - &change)?.t()?)?;
+                *rest = rest.index_add(ids, &step, 0)?;
+                changes[e] = change;
+            }
+        }
+        for (e, change) in changes.iter().enumerate() {
+            let role = Role::Layer(l, LayerRole::Mlp(Projection::Down));
+            let repaired = (self.matrix(self.experts[e], role)? + change)?;
+            self.put(store, Role::Layer(l, LayerRole::Expert(e, Projection::Down)), Some(&self.round(&repaired)?))?;
+        }
+        Ok(())
+    }
+
+    /// The shared matrix of a role, from each expert's own inputs `own` [n_e, in] and the composite's `inputs` [N, in] to `targets` [N, out].
+    fn fit_matrix(&self, role: Role, texts: &Texts, own: &[Tensor], inputs: &Tensor, targets: &Tensor) -> Result<View, CalibrateError> {
+        let start = self.weighted_mean(role, texts, own)?; // [out, in]
+        let weighted = inputs.broadcast_mul(&texts.weight)?;
+        let gram = weighted.t()?.matmul(inputs)?;
+        let left = (targets - inputs.matmul(&start.t()?)?)?;
+        let change = solve(&gram, SHARED_RIDGE, &left.t()?.matmul(&weighted)?)?;
+        self.round(&(start + change)?)
+    }
+
+    /// (sum_e W_e G_e)(sum_e G_e)^-1, G_e the shrunk second moments of expert e's own inputs.
+    fn weighted_mean(&self, role: Role, texts: &Texts, own: &[Tensor]) -> Result<Tensor, CalibrateError> {
+        let (mut numerator, mut denominator): (Option<Tensor>, Option<Tensor>) = (None, None);
+        for ((source, z), rows) in self.experts.iter().zip(own).zip(&texts.rows) {
+            let weight = texts.weight.narrow(0, rows.start, rows.len())?;
+            let gram = shrink(&z.broadcast_mul(&weight)?.t()?.matmul(z)?)?;
+            let product = self.matrix(source, role)?.matmul(&gram)?;
+            numerator = Some(numerator.map_or(Ok(product.clone()), |sum| sum + product)?);
+            denominator = Some(denominator.map_or(Ok(gram.clone()), |sum| sum + gram)?);
+        }
+        match (numerator, denominator) {
+            (Some(numerator), Some(denominator)) => solve(&denominator, 1e-6, &numerator),
+            _ => Err(CalibrateError::NoExperts),
+        }
+    }
+
+    /// The head [V, D], fitted like q but from moments alone: N logits of V entries would not fit into memory.
+    fn head(&self, texts: &Texts, own: &[Tensor], c: &Tensor) -> Result<View, CalibrateError> {
+        let eps = self.base.config.norm_eps as f32;
+        let norm = |source: &Source, x: &Tensor| {
+            let weight = self.vector(source, Role::FinalNorm)?;
+            Ok::<_, CalibrateError>(candle_nn::ops::rms_norm(&x.contiguous()?, &weight, eps)?)
+        };
+        let outputs = self.experts.iter().zip(own).map(|(e, x)| norm(e, x)).collect::<Result<Vec<_>, _>>()?;
+        let shared = match self.averaged(Role::FinalNorm)? {
+            Some(view) => view.to_tensor(DType::F32, self.device)?,
+            None => self.vector(self.base, Role::FinalNorm)?,
+        };
+        let z = candle_nn::ops::rms_norm(&c.contiguous()?, &shared, eps)?;
+        let start = self.weighted_mean(Role::Head, texts, &outputs)?;
+        let weighted = z.broadcast_mul(&texts.weight)?;
+        let gram = weighted.t()?.matmul(&z)?;
+        let mut b = start.matmul(&gram)?.neg()?; // [V, D]
+        for ((source, own), rows) in self.experts.iter().zip(&outputs).zip(&texts.rows) {
+            let cross = own.t()?.matmul(&weighted.narrow(0, rows.start, rows.len())?)?;
+            b = (b + self.matrix(source, Role::Head)?.matmul(&cross)?)?;
+        }
+        self.round(&(start + solve(&gram, SHARED_RIDGE, &b)?)?)
+    }
+
+    /// Embeddings [V, D]: the experts' mean, each token weighted by how much of an expert's text it is.
+    fn embedding(&self, texts: &Texts) -> Result<View, CalibrateError> {
+        let (v, d) = (self.base.config.vocab, self.base.config.hidden);
+        let (mut sum, mut total) = (vec![0f32; v * d], vec![0f32; v]);
+        for (source, sequences) in self.experts.iter().zip(&texts.own) {
+            let mut share = vec![UNUSED / v as f32; v];
+            let one = 1.0 / sequences.tokens().count().max(1) as f32;
+            sequences.tokens().for_each(|token| share[token as usize] += one);
+            let rows = self.view(source, Role::Embedding)?.to_f32();
+            for ((sum, row), (share, total)) in sum.chunks_exact_mut(d).zip(rows.chunks_exact(d)).zip(share.iter().zip(&mut total)) {
+                sum.iter_mut().zip(row).for_each(|(sum, value)| *sum += share * value);
+                *total += share;
+            }
+        }
+        sum.chunks_exact_mut(d).zip(&total).for_each(|(row, total)| row.iter_mut().for_each(|value| *value /= total));
+        Ok(View::from_f32(&sum, self.plan.dtype, vec![v, d])?)
+    }
+
+    /// Norms, biases and whatever else of attention is not a matrix.
+    fn small_roles(&self, l: usize) -> Vec<Role> {
+        let tensors = self.base.family.tensors(&self.base.config).into_iter();
+        tensors
+            .filter(|(role, shape)| {
+                matches!(role, Role::Layer(layer, part) if *layer == l && !matches!(part, LayerRole::Mlp(_) | LayerRole::MlpBias(_)))
+                    && shape.len() == 1
+            })
+            .map(|(role, _)| role)
+            .collect()
+    }
+
+    /// The composite's attention and norms of a layer; its MLP is the base's, and not used.
+    fn block(&self, l: usize, over: &BTreeMap<String, View>) -> Result<Block, CalibrateError> {
+        let weights = Overlay { over: over.clone(), under: &*self.base.weights };
+        Ok(Block::load(self.base.family, &self.base.config, &weights, l, self.device)?)
+    }
+
+    /// The mean of the experts' tensors, as the plan has it; `None` where the composite has the base's.
+    fn averaged(&self, role: Role) -> Result<Option<View>, CalibrateError> {
+        if self.recipe.shared == Shared::Base {
+            return Ok(None);
+        }
+        let views = self.experts.iter().map(|source| Ok(self.view(source, role)?.to_f32())).collect::<Result<Vec<_>, CalibrateError>>()?;
+        let count = views.len() as f64;
+        let mean = (0..views[0].len()).map(|i| (views.iter().map(|v| f64::from(v[i])).sum::<f64>() / count) as f32);
+        let shape = self.view(self.base, role)?.info.shape;
+        Ok(Some(View::from_f32(&mean.collect::<Vec<_>>(), self.plan.dtype, shape)?))
+    }
+
+    fn without_bias(&self, targets: Tensor, bias: Role, present: bool) -> Result<Tensor, CalibrateError> {
+        if !present {
+            return Ok(targets);
+        }
+        let bias = match self.averaged(bias)? {
+            Some(view) => view.to_tensor(DType::F32, self.device)?,
+            None => self.vector(self.base, bias)?,
+        };
+        Ok(targets.broadcast_sub(&bias)?)
+    }
+
+    /// A tensor of a dense model; a tied model's head is its embedding.
+    fn view(&self, source: &Source, role: Role) -> Result<View, CalibrateError> {
+        let role = if role == Role::Head && source.config.tied { Role::Embedding } else { role };
+        Ok(source.weights.read(&source.family.name(role).unwrap_or_default())?)
+    }
+
+    fn matrix(&self, source: &Source, role: Role) -> Result<Tensor, CalibrateError> {
+        Ok(self.view(source, role)?.to_tensor(DType::F32, self.device)?)
+    }
+
+    fn vector(&self, source: &Source, role: Role) -> Result<Tensor, CalibrateError> {
+        self.matrix(source, role)
+    }
+
+    /// Rounded to the output's type, so that what follows sees what is written.
+    fn round(&self, tensor: &Tensor) -> Result<View, CalibrateError> {
+        let values = tensor.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
+        Ok(View::from_f32(&values, self.plan.dtype, tensor.dims().to_vec())?)
+    }
+
+    fn put(&self, store: &mut Writer, role: Role, view: Option<&View>) -> Result<(), CalibrateError> {
+        if let (Some(view), Some(name)) = (view, self.plan.family().name(role)) {
+            store.put(name, view)?;
+        }
+        Ok(())
+    }
+
+    fn place(&self, over: &mut BTreeMap<String, View>, role: Role, view: Option<View>) {
+        if let (Some(view), Some(name)) = (view, self.base.family.name(role)) {
+            over.insert(name, view);
+        }
+    }
+}
+
+/// Rows of an embedding for all tokens, [N, D].
+fn embed(source: &Source, embedding: Option<&View>, texts: &Sequences, device: &Device) -> Result<Tensor, CalibrateError> {
+    let d = source.config.hidden;
+    let view = match embedding {
+        Some(view) => view.clone(),
+        None => source.weights.read(&source.family.name(Role::Embedding).unwrap_or_default())?,
+    };
+    let bytes = d * view.info.dtype.size();
+    let rows: Vec<u8> = texts.tokens().flat_map(|token| view.data.slice(token as usize * bytes..(token as usize + 1) * bytes)).collect();
+    let shape = vec![rows.len() / bytes, d];
+    let info = upcycle_architectures::TensorInfo { dtype: view.info.dtype, shape };
+    Ok(View { info, data: rows.into() }.to_tensor(DType::F32, device)?)
+}
+
+/// A part of a dense layer; sources that are sparse are refused when they are planned.
+fn dense<T>(part: Option<T>) -> Result<T, CalibrateError> {
+    part.ok_or(CalibrateError::NoExperts)
+}
+
+/// Off-diagonal elements times [`SHRINK`].
+fn shrink(gram: &Tensor) -> TensorResult<Tensor> {
+    let n = gram.dim(0)?;
+    let diagonal = (Tensor::eye(n, DType::F32, gram.device())? * gram)?;
+    (gram * SHRINK)? + (diagonal * (1.0 - SHRINK))?
+}
+
+/// b (gram + ridge)^-1 for b [m, n], gram [n, n]; the ridge is relative to the mean diagonal.
+fn solve(gram: &Tensor, ridge: f64, b: &Tensor) -> Result<Tensor, CalibrateError> {
+    let (m, n) = b.dims2()?;
+    let host = |tensor: &Tensor| {
+        let values = tensor.to_device(&Device::Cpu)?.contiguous()?.flatten_all()?.to_vec1::<f32>()?;
+        TensorResult::Ok(values.into_iter().map(f64::from).collect::<Vec<f64>>())
+    };
+    let mut a = host(gram)?;
+    linalg::add_ridge(&mut a, n, ridge);
+    let mut x = host(&b.t()?)?; // [n, m]
+    linalg::solve_spd(&mut a, n, &mut x, m)?;
+    let x: Vec<f32> = x.into_iter().map(|v| v as f32).collect();
+    Ok(Tensor::from_vec(x, (n, m), &Device::Cpu)?.to_device(b.device())?.t()?.contiguous()?)
+}
