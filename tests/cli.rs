@@ -227,7 +227,8 @@ fn help_names_every_command() {
       serve        Serve a model with OpenAI's API
       chat         Talk to a model in the terminal
       run          One prompt in, text out
-      inspect      Show what a model is made of
+      eval         Perplexity per domain, beside the experts, their average and a perfect router
+      inspect      Show what a model is made of and where its tokens go
       doctor       Devices, features, disk and memory
       completions  Shell completions
       help         Print this message or the help of the given subcommand(s)
