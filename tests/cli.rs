@@ -61,7 +61,8 @@ fn a_recipe_alone_can_be_checked() {
       "dtype": null,
       "experts_per_token": 1,
       "architecture": null,
-      "shared": "base",
+      "shared": "auto",
+      "repair": null,
       "chat_template": "auto",
       "tokenizer": null,
       "layout": "classic",
@@ -102,7 +103,7 @@ fn mistakes_in_a_recipe_end_with_exit_code_1() {
     2 | expert_per_token: 1
       | ^^^^^^^^^^^^^^^^
       |
-    hint: did you mean `experts_per_token`? A recipe has the keys `base_model`, `experts`, `shared_experts`, `gate_mode`, `dtype`, `experts_per_token`, `architecture`, `shared`, `chat_template`, `tokenizer`, `layout`, `seed`
+    hint: did you mean `experts_per_token`? A recipe has the keys `base_model`, `experts`, `shared_experts`, `gate_mode`, `dtype`, `experts_per_token`, `architecture`, `shared`, `repair`, `chat_template`, `tokenizer`, `layout`, `seed`
 
     error: unknown value `hiden` for `gate_mode`
      --> recipe.yml:3:12
@@ -110,7 +111,7 @@ fn mistakes_in_a_recipe_end_with_exit_code_1() {
     3 | gate_mode: hiden
       |            ^^^^^
       |
-    hint: did you mean `hidden`? It is one of `hidden`, `hidden_avg`, `cheap_embed`, `random`, `uniform_random`
+    hint: did you mean `hidden`? It is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `random`, `uniform_random`
     ");
     assert_snapshot!(with_recipe("", &["plan", "no-such.yml"]), @"
     $ upcycle plan no-such.yml
@@ -162,7 +163,7 @@ fn checks_are_waived_by_name() {
     exit 2
     --- stderr
     error: invalid value 'same-modelexperts' for '--allow <NAME>'
-      [possible values: one-expert, identical-prompts, same-model-experts, twin-prompts, twin-experts, same-endings, circular-negatives, keyword-prompts, uneven-prompts, empty-prompts, unused-prompts, rope-mismatch, eps-mismatch, vocabulary-mismatch, non-finite-weights]
+      [possible values: one-expert, identical-prompts, same-model-experts, first-experts, twin-prompts, twin-experts, same-endings, circular-negatives, keyword-prompts, uneven-prompts, empty-prompts, unused-prompts, rope-mismatch, eps-mismatch, vocabulary-mismatch, non-finite-weights]
 
       tip: a similar value exists: 'same-model-experts'
 
@@ -226,6 +227,7 @@ fn help_names_every_command() {
       serve        Serve a model with OpenAI's API
       chat         Talk to a model in the terminal
       run          One prompt in, text out
+      eval         Perplexity per domain, beside the experts, their average and a perfect router
       inspect      Show what a model is made of
       doctor       Devices, features, disk and memory
       completions  Shell completions

@@ -95,7 +95,7 @@ fn a_sound_recipe_is_passed_without_a_word() {
     shared_experts:
     gate_mode: "hidden"
     experts_per_token: 1
-    shared: "base"
+    shared: "auto"
     chat_template: "auto"
     layout: "classic"
     "#);
@@ -175,7 +175,7 @@ fn nothing_given_is_the_default() {
     let recipe = parsed(&with(nulls).replace("gate_mode: hidden\nexperts_per_token: 1\n", ""));
     assert_eq!((recipe.gate_mode.name, recipe.experts_per_token, recipe.chat_template), ("hidden", 2, None));
     assert_eq!((recipe.dtype, recipe.seed, recipe.architecture, recipe.tokenizer), (None, None, None, None));
-    assert_eq!((recipe.shared, recipe.layout, recipe.shared_experts.len()), (Shared::Base, Layout::Classic, 0));
+    assert_eq!((recipe.shared, recipe.layout, recipe.shared_experts.len()), (Shared::Auto, Layout::Classic, 0));
 }
 
 #[test]
@@ -189,7 +189,7 @@ fn a_byte_order_mark_and_windows_line_ends_are_no_matter() {
     2 | gate_mode: hiden
       |            ^^^^^
       |
-    hint: did you mean `hidden`? It is one of `hidden`, `hidden_avg`, `cheap_embed`, `random`, `uniform_random`
+    hint: did you mean `hidden`? It is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `random`, `uniform_random`
     ");
 }
 
@@ -384,7 +384,7 @@ fn unknown_keys_and_values() {
     2 | gatemode: hidden
       | ^^^^^^^^
       |
-    hint: did you mean `gate_mode`? A recipe has the keys `base_model`, `experts`, `shared_experts`, `gate_mode`, `dtype`, `experts_per_token`, `architecture`, `shared`, `chat_template`, `tokenizer`, `layout`, `seed`
+    hint: did you mean `gate_mode`? A recipe has the keys `base_model`, `experts`, `shared_experts`, `gate_mode`, `dtype`, `experts_per_token`, `architecture`, `shared`, `repair`, `chat_template`, `tokenizer`, `layout`, `seed`
     ");
     assert_snapshot!(told("positive_prompts", "postive_prompts"), @r#"
     error: unknown key `postive_prompts` in an expert
@@ -402,7 +402,7 @@ fn unknown_keys_and_values() {
     2 | gate_mode: hiden
       |            ^^^^^
       |
-    hint: did you mean `hidden`? It is one of `hidden`, `hidden_avg`, `cheap_embed`, `random`, `uniform_random`
+    hint: did you mean `hidden`? It is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `random`, `uniform_random`
     ");
     assert_snapshot!(told("gate_mode: hidden", "gate_mode: learned"), @"
     error: unknown value `learned` for `gate_mode`
@@ -411,7 +411,7 @@ fn unknown_keys_and_values() {
     2 | gate_mode: learned
       |            ^^^^^^^
       |
-    hint: it is one of `hidden`, `hidden_avg`, `cheap_embed`, `random`, `uniform_random`
+    hint: it is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `random`, `uniform_random`
     ");
     assert_snapshot!(verdict(&with("dtype: int8"), &[]), @"
     error: unknown value `int8` for `dtype`
@@ -429,7 +429,7 @@ fn unknown_keys_and_values() {
     9 | shared: avarage
       |         ^^^^^^^
       |
-    hint: did you mean `average`? It is one of `base`, `average`
+    hint: did you mean `average`? It is one of `auto`, `base`, `average`, `fit`
     ");
     assert_snapshot!(verdict(&with("architecture: mixtrl"), &[]), @"
     error: unknown value `mixtrl` for `architecture`
@@ -447,7 +447,7 @@ fn unknown_keys_and_values() {
     9 | frobnicate: 3
       | ^^^^^^^^^^
       |
-    hint: a recipe has the keys `base_model`, `experts`, `shared_experts`, `gate_mode`, `dtype`, `experts_per_token`, `architecture`, `shared`, `chat_template`, `tokenizer`, `layout`, `seed`
+    hint: a recipe has the keys `base_model`, `experts`, `shared_experts`, `gate_mode`, `dtype`, `experts_per_token`, `architecture`, `shared`, `repair`, `chat_template`, `tokenizer`, `layout`, `seed`
     ");
 }
 
@@ -600,7 +600,7 @@ fn keys_of_neighbouring_tools() {
     shared_experts:
     gate_mode: "hidden"
     experts_per_token: 1
-    shared: "base"
+    shared: "auto"
     chat_template: "auto"
     layout: "classic"
 
@@ -629,7 +629,7 @@ fn keys_of_neighbouring_tools() {
     shared_experts:
     gate_mode: "hidden"
     experts_per_token: 1
-    shared: "base"
+    shared: "auto"
     chat_template: "auto"
     layout: "classic"
 
@@ -671,7 +671,7 @@ fn several_mistakes_are_shown_at_once() {
     3 | experts_per_tok: 0
       | ^^^^^^^^^^^^^^^
       |
-    hint: did you mean `experts_per_token`? A recipe has the keys `base_model`, `experts`, `shared_experts`, `gate_mode`, `dtype`, `experts_per_token`, `architecture`, `shared`, `chat_template`, `tokenizer`, `layout`, `seed`
+    hint: did you mean `experts_per_token`? A recipe has the keys `base_model`, `experts`, `shared_experts`, `gate_mode`, `dtype`, `experts_per_token`, `architecture`, `shared`, `repair`, `chat_template`, `tokenizer`, `layout`, `seed`
 
     error: unknown value `hiden` for `gate_mode`
      --> recipe.yml:2:12
@@ -679,8 +679,34 @@ fn several_mistakes_are_shown_at_once() {
     2 | gate_mode: hiden
       |            ^^^^^
       |
-    hint: did you mean `hidden`? It is one of `hidden`, `hidden_avg`, `cheap_embed`, `random`, `uniform_random`
+    hint: did you mean `hidden`? It is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `random`, `uniform_random`
     ");
+}
+
+#[test]
+fn gate_modes_that_are_fitted() {
+    let text = SOUND.replace(
+        "    positive_prompts: [\"What is the integral of x^2\", \"Prove that there are infinitely many primes.\"]",
+        "    text_file: two.txt",
+    );
+    let directory = tempfile::tempdir().unwrap();
+    fs_err::write(directory.path().join("two.txt"), "2 + 2 = 4").unwrap();
+    for mode in ["auto", "softmax", "ridge", "lda", "centroid"] {
+        let text = text.replace("gate_mode: hidden", &format!("gate_mode: {mode}"));
+        let (recipe, warnings) = recipe::parse(&text, &directory.path().join("recipe.yml"), &[]).unwrap();
+        assert!(recipe.fitted() && recipe.gate_mode.name == mode && warnings.is_empty());
+    }
+    let refused = recipe::parse(&text, &directory.path().join("recipe.yml"), &[]).unwrap_err().to_string();
+    assert!(refused.contains("`hidden` makes gates from prompts, but expert 1 has none"), "{refused}");
+}
+
+#[test]
+fn without_routing_every_expert_is_used() {
+    let text = SOUND.replace("gate_mode: hidden\nexperts_per_token: 1", "gate_mode: uniform");
+    let (recipe, _) = recipe::parse(&text, Path::new("recipe.yml"), &[]).unwrap();
+    assert_eq!((recipe.experts_per_token, recipe.fitted()), (2, false));
+    let three = text + "  - source_model: three\n";
+    assert_eq!(recipe::parse(&three, Path::new("recipe.yml"), &[]).unwrap().0.experts_per_token, 3);
 }
 
 #[test]
@@ -752,7 +778,7 @@ fn what_is_refused_unless_allowed() {
     shared_experts:
     gate_mode: "hidden"
     experts_per_token: 1
-    shared: "base"
+    shared: "auto"
     chat_template: "auto"
     layout: "classic"
 
@@ -783,6 +809,17 @@ fn what_is_refused_unless_allowed() {
     hint: name different fine-tunes; copies are useful only as a start for training; `--allow same-model-experts` if it is meant
     "#);
     assert!(verdict(&same_models, &["same-model-experts"]).contains("\n\nwarning[same-model-experts]"));
+    let first = edited("gate_mode: hidden", "gate_mode: uniform");
+    assert_snapshot!(verdict(&first, &["unused-prompts"]), @"
+    error[first-experts]: `uniform` is for composites in which each token runs through all experts, not 1 of 2
+     --> recipe.yml:3:1
+      |
+    3 | experts_per_token: 1
+      | ^^^^^^^^^^^^^^^^^
+      |
+      = note: gates of zeros tell no experts apart, and of equal ones the first win: the others would never be chosen
+    hint: leave `experts_per_token` out, or set it to the number of experts; `--allow first-experts` if it is meant
+    ");
     let one = SOUND.split_once("  - source_model: two").unwrap().0;
     assert_snapshot!(verdict(one, &[]), @"
     error[one-expert]: there is only one expert
@@ -811,7 +848,7 @@ fn what_is_refused_unless_allowed() {
     shared_experts:
     gate_mode: "random"
     experts_per_token: 1
-    shared: "base"
+    shared: "auto"
     chat_template: "auto"
     layout: "classic"
 
