@@ -123,7 +123,7 @@ fn broken_recipes() {
     3 | gate_mode: hiden
       |            ^^^^^
       |
-    hint: did you mean `hidden`? It is one of `ridge`, `hidden`, `hidden_avg`, `cheap_embed`, `random`, `uniform_random`
+    hint: did you mean `hidden`? It is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `random`, `uniform_random`
     ");
     assert_snapshot!(compose(|dir| edit(dir, "    positive_prompts: [w8 w9]\n", "")), @"
     $ upcycle compose recipe.yml out
@@ -339,7 +339,10 @@ fn broken_checkpoints() {
     --- stderr
     error: b/model.safetensors.index.json: the shard of tensor `model.norm.weight` is `../a/model.safetensors`; a shard must be a plain file name beside the index
     ");
-    assert_snapshot!(compose(|dir| rewrite_tensor(&file(dir), "model.layers.1.mlp.up_proj.weight", 0x7fc0)), @"
+    assert_snapshot!(compose(|dir| {
+        edit(dir, "base_model: base", "base_model: base\ngate_mode: hidden");
+        rewrite_tensor(&file(dir), "model.layers.1.mlp.up_proj.weight", 0x7fc0);
+    }), @"
     $ upcycle compose recipe.yml out
     exit 1
     --- stderr

@@ -26,7 +26,7 @@ fn a_recipe_alone_can_be_checked() {
     $ upcycle plan --recipe-only recipe.yml
     exit 0
     --- stdout
-    recipe.yml is a good recipe: 2 experts, gate mode hidden
+    recipe.yml is a good recipe: 2 experts, gate mode auto
     ");
     assert_snapshot!(with_recipe(RECIPE, &["plan", "--recipe-only", "--json", "recipe.yml"]), @r#"
     $ upcycle plan --recipe-only --json recipe.yml
@@ -78,7 +78,7 @@ fn a_warning_does_not_stop_a_command() {
     $ upcycle plan --recipe-only recipe.yml
     exit 0
     --- stdout
-    recipe.yml is a good recipe: 2 experts, gate mode hidden
+    recipe.yml is a good recipe: 2 experts, gate mode auto
     --- stderr
     warning: `merge_method` is ignored: experts are not merged, each keeps its own MLPs
      --> recipe.yml:8:1
@@ -144,7 +144,7 @@ fn checks_are_waived_by_name() {
     $ upcycle plan --recipe-only recipe.yml --allow same-model-experts
     exit 0
     --- stdout
-    recipe.yml is a good recipe: 2 experts, gate mode hidden
+    recipe.yml is a good recipe: 2 experts, gate mode auto
     --- stderr
     warning[same-model-experts]: every expert is the same model
      --> recipe.yml:4:19

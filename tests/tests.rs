@@ -21,5 +21,6 @@ mod inspect;
 mod recipe;
 mod serve;
 mod source;
+mod sweep;
 mod text;
 mod tidy;
