@@ -129,7 +129,7 @@ fn broken_recipes() {
     $ upcycle compose recipe.yml out
     exit 1
     --- stderr
-    error: `hidden` makes gates from prompts, but expert 1 has none
+    error: `auto` makes gates from prompts, but expert 1 has none
      --> recipe.yml:5:19
       |
     5 |   - source_model: b

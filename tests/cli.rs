@@ -57,7 +57,7 @@ fn a_recipe_alone_can_be_checked() {
         }
       ],
       "shared_experts": [],
-      "gate_mode": "hidden",
+      "gate_mode": "auto",
       "dtype": null,
       "experts_per_token": 1,
       "architecture": null,
