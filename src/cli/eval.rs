@@ -72,7 +72,7 @@ pub(crate) fn named_file(text: &str) -> Result<NamedFile, String> {
     if name.is_empty() || file.as_os_str().is_empty() { Err("write DOMAIN=FILE".into()) } else { Ok(NamedFile { name, file }) }
 }
 
-pub(crate) fn run(args: Args) -> anyhow::Result<()> {
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     args.device.set_threads()?;
     let texts = read(&args.texts)?;
     let dtype = match args.device.dtype {
