@@ -111,7 +111,7 @@ fn mistakes_in_a_recipe_end_with_exit_code_1() {
     3 | gate_mode: hiden
       |            ^^^^^
       |
-    hint: did you mean `hidden`? It is one of `ridge`, `hidden`, `hidden_avg`, `cheap_embed`, `random`, `uniform_random`
+    hint: did you mean `hidden`? It is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `random`, `uniform_random`
     ");
     assert_snapshot!(with_recipe("", &["plan", "no-such.yml"]), @"
     $ upcycle plan no-such.yml
@@ -163,7 +163,7 @@ fn checks_are_waived_by_name() {
     exit 2
     --- stderr
     error: invalid value 'same-modelexperts' for '--allow <NAME>'
-      [possible values: one-expert, identical-prompts, same-model-experts, twin-prompts, twin-experts, same-endings, circular-negatives, keyword-prompts, uneven-prompts, empty-prompts, unused-prompts, rope-mismatch, eps-mismatch, vocabulary-mismatch, non-finite-weights]
+      [possible values: one-expert, identical-prompts, same-model-experts, first-experts, twin-prompts, twin-experts, same-endings, circular-negatives, keyword-prompts, uneven-prompts, empty-prompts, unused-prompts, rope-mismatch, eps-mismatch, vocabulary-mismatch, non-finite-weights]
 
       tip: a similar value exists: 'same-model-experts'
 
@@ -227,7 +227,8 @@ fn help_names_every_command() {
       serve        Serve a model with OpenAI's API
       chat         Talk to a model in the terminal
       run          One prompt in, text out
-      inspect      Show what a model is made of
+      eval         Perplexity per domain, beside the experts, their average and a perfect router
+      inspect      Show what a model is made of and where its tokens go
       doctor       Devices, features, disk and memory
       completions  Shell completions
       help         Print this message or the help of the given subcommand(s)

@@ -189,7 +189,7 @@ fn a_byte_order_mark_and_windows_line_ends_are_no_matter() {
     2 | gate_mode: hiden
       |            ^^^^^
       |
-    hint: did you mean `hidden`? It is one of `ridge`, `hidden`, `hidden_avg`, `cheap_embed`, `random`, `uniform_random`
+    hint: did you mean `hidden`? It is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `random`, `uniform_random`
     ");
 }
 
@@ -412,7 +412,7 @@ fn unknown_keys_and_values() {
     2 | gate_mode: hiden
       |            ^^^^^
       |
-    hint: did you mean `hidden`? It is one of `ridge`, `hidden`, `hidden_avg`, `cheap_embed`, `random`, `uniform_random`
+    hint: did you mean `hidden`? It is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `random`, `uniform_random`
     ");
     assert_snapshot!(told("gate_mode: hidden", "gate_mode: learned"), @"
     error: unknown value `learned` for `gate_mode`
@@ -421,7 +421,7 @@ fn unknown_keys_and_values() {
     2 | gate_mode: learned
       |            ^^^^^^^
       |
-    hint: it is one of `ridge`, `hidden`, `hidden_avg`, `cheap_embed`, `random`, `uniform_random`
+    hint: it is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `random`, `uniform_random`
     ");
     assert_snapshot!(verdict(&with("dtype: int8"), &[]), @"
     error: unknown value `int8` for `dtype`
@@ -689,8 +689,34 @@ fn several_mistakes_are_shown_at_once() {
     2 | gate_mode: hiden
       |            ^^^^^
       |
-    hint: did you mean `hidden`? It is one of `ridge`, `hidden`, `hidden_avg`, `cheap_embed`, `random`, `uniform_random`
+    hint: did you mean `hidden`? It is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `random`, `uniform_random`
     ");
+}
+
+#[test]
+fn gate_modes_that_are_fitted() {
+    let text = SOUND.replace(
+        "    positive_prompts: [\"What is the integral of x^2\", \"Prove that there are infinitely many primes.\"]",
+        "    text_file: two.txt",
+    );
+    let directory = tempfile::tempdir().unwrap();
+    fs_err::write(directory.path().join("two.txt"), "2 + 2 = 4").unwrap();
+    for mode in ["auto", "softmax", "ridge", "lda", "centroid"] {
+        let text = text.replace("gate_mode: hidden", &format!("gate_mode: {mode}"));
+        let (recipe, warnings) = recipe::parse(&text, &directory.path().join("recipe.yml"), &[]).unwrap();
+        assert!(recipe.fitted() && recipe.gate_mode.name == mode && warnings.is_empty());
+    }
+    let refused = recipe::parse(&text, &directory.path().join("recipe.yml"), &[]).unwrap_err().to_string();
+    assert!(refused.contains("`hidden` makes gates from prompts, but expert 1 has none"), "{refused}");
+}
+
+#[test]
+fn without_routing_every_expert_is_used() {
+    let text = SOUND.replace("gate_mode: hidden\nexperts_per_token: 1", "gate_mode: uniform");
+    let (recipe, _) = recipe::parse(&text, Path::new("recipe.yml"), &[]).unwrap();
+    assert_eq!((recipe.experts_per_token, recipe.fitted()), (2, false));
+    let three = text + "  - source_model: three\n";
+    assert_eq!(recipe::parse(&three, Path::new("recipe.yml"), &[]).unwrap().0.experts_per_token, 3);
 }
 
 #[test]
@@ -793,6 +819,17 @@ fn what_is_refused_unless_allowed() {
     hint: name different fine-tunes; copies are useful only as a start for training; `--allow same-model-experts` if it is meant
     "#);
     assert!(verdict(&same_models, &["same-model-experts"]).contains("\n\nwarning[same-model-experts]"));
+    let first = edited("gate_mode: hidden", "gate_mode: uniform");
+    assert_snapshot!(verdict(&first, &["unused-prompts"]), @"
+    error[first-experts]: `uniform` is for composites in which each token runs through all experts, not 1 of 2
+     --> recipe.yml:3:1
+      |
+    3 | experts_per_token: 1
+      | ^^^^^^^^^^^^^^^^^
+      |
+      = note: gates of zeros tell no experts apart, and of equal ones the first win: the others would never be chosen
+    hint: leave `experts_per_token` out, or set it to the number of experts; `--allow first-experts` if it is meant
+    ");
     let one = SOUND.split_once("  - source_model: two").unwrap().0;
     assert_snapshot!(verdict(one, &[]), @"
     error[one-expert]: there is only one expert

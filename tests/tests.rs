@@ -17,6 +17,7 @@ mod compose;
 mod engine;
 mod eval;
 mod gates;
+mod inspect;
 mod recipe;
 mod serve;
 mod source;
