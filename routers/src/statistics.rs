@@ -455,7 +455,7 @@ pub(crate) mod tests {
         (0..3).for_each(|domain| alone.add(domain, 0, &rows(0, domain, 10, 150)).unwrap());
         let (left, alone) = (statistics.training(Some(1)).unwrap(), alone.training(None).unwrap());
         assert_eq!((left.gram, left.means), (alone.gram, alone.means));
-        assert!(left.rows.iter().zip(&alone.rows).all(|(a, b)| a.x == b.x && a.weight == b.weight));
+        assert!(left.rows.iter().zip(&alone.rows).all(|(a, b)| (a.x, a.weight) == (b.x, b.weight)));
         let weight: f64 = (0..2).flat_map(|fold| statistics.fold(fold)).map(|rows| rows.weight * (rows.x.len() / 150) as f64).sum();
         assert!((weight - 1.0).abs() < 1e-12);
     }

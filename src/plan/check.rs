@@ -63,7 +63,7 @@ fn fatal(message: String) -> Problem {
 }
 
 /// A difference in what all experts share.
-fn unfit(difference: String) -> Problem {
+fn unfit(difference: &str) -> Problem {
     fatal(format!("{difference}; experts must be fine-tunes of the base"))
 }
 
@@ -79,7 +79,7 @@ fn compare_configs(base: &Source, expert: &Source, problems: &mut Vec<Problem>, 
         return;
     }
     if a.model_type != b.model_type {
-        problems.push(unfit(differ("model type", base, &a.model_type, expert, &b.model_type)));
+        problems.push(unfit(&differ("model type", base, &a.model_type, expert, &b.model_type)));
         return;
     }
     let sizes: [(&str, fn(&Config) -> usize); 5] = [
@@ -91,15 +91,15 @@ fn compare_configs(base: &Source, expert: &Source, problems: &mut Vec<Problem>, 
     ];
     for (key, value) in sizes {
         if value(a) != value(b) {
-            problems.push(unfit(differ(&format!("`{key}`"), base, value(a), expert, value(b))));
+            problems.push(unfit(&differ(&format!("`{key}`"), base, value(a), expert, value(b))));
         }
     }
     if a.activation != b.activation {
-        problems.push(unfit(differ("`hidden_act`", base, format!("{:?}", a.activation), expert, format!("{:?}", b.activation))));
+        problems.push(unfit(&differ("`hidden_act`", base, format!("{:?}", a.activation), expert, format!("{:?}", b.activation))));
     }
     if (a.qkv_bias, a.o_bias, a.qk_norm) != (b.qkv_bias, b.o_bias, b.qk_norm) {
         let show = |c: &Config| format!("qkv bias {}, output bias {}, qk norm {}", c.qkv_bias, c.o_bias, c.qk_norm);
-        problems.push(unfit(differ("attention", base, show(a), expert, show(b))));
+        problems.push(unfit(&differ("attention", base, show(a), expert, show(b))));
     }
     let foreign = |difference: String| format!("{difference}; the composite uses the base's, which that expert was not trained with");
     if a.rope.theta.to_bits() != b.rope.theta.to_bits() {

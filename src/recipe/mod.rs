@@ -130,7 +130,7 @@ pub enum RecipeError {
 /// Reads and checks a recipe; what it warns of comes with it. `allow` names the lints that are waived.
 pub fn read(file: &Path, allow: &[String]) -> Result<(Recipe, Vec<Problem>), RecipeError> {
     let text = String::from_utf8(fs_err::read(file)?).map_err(|error| {
-        let line = error.as_bytes()[..error.utf8_error().valid_up_to()].iter().filter(|byte| **byte == b'\n').count() + 1;
+        let line = error.as_bytes()[..error.utf8_error().valid_up_to()].split(|byte| *byte == b'\n').count();
         RecipeError::Encoding { file: file.to_owned(), line }
     })?;
     parse(&text, file, allow)

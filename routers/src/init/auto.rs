@@ -8,12 +8,5 @@ pub const METHOD: Method = Method {
     aliases: &[],
     about: "the best of `softmax`, `ridge`, `lda` and `centroid` in each layer, by text that was left out of the fit",
     all_experts: false,
-    how: How::Fitted(&[
-        softmax::with(1e-3),
-        softmax::with(1e-4),
-        ridge::with(0.1),
-        ridge::with(0.01),
-        lda::with(0.1),
-        centroid::CANDIDATE,
-    ]),
+    how: How::Fitted(&[softmax::with(1e-3), softmax::with(1e-4), ridge::with(0.1), ridge::with(0.01), lda::with(0.1), centroid::CANDIDATE]),
 };

@@ -165,7 +165,7 @@ fn judge(candidate: &Candidate, logits: &[Logits], experts: usize, held_out: boo
         for z in rows.values.chunks_exact(experts) {
             let right = z[rows.domain];
             nll += rows.weight * Tilted::new(z.iter().map(|&v| (scale * f64::from(v - right), 0.0))).log_total;
-            let ahead = z.iter().enumerate().filter(|&(e, &v)| v > right || v == right && e < rows.domain).count();
+            let ahead = z.iter().enumerate().filter(|&(e, &v)| if e < rows.domain { v >= right } else { v > right }).count();
             ranks[ahead] += rows.weight;
         }
         (nll, ranks)
@@ -245,11 +245,7 @@ pub(super) fn root(function: impl Fn(f64) -> (f64, f64), range: [f64; 2], tolera
         if value.abs() <= tolerance {
             break;
         }
-        if value < 0.0 {
-            low = at
-        } else {
-            high = at
-        }
+        (low, high) = if value < 0.0 { (at, high) } else { (low, at) };
         let newton = at - value / derivative;
         at = if newton > low && newton < high { newton } else { (low * high).sqrt() };
     }
@@ -309,9 +305,8 @@ mod tests {
             b.swap(k, pivot);
             for i in k + 1..n {
                 let factor = a[i][k] / a[k][k];
-                for j in k..n {
-                    a[i][j] -= factor * a[k][j];
-                }
+                let pivot = a[k].clone();
+                a[i].iter_mut().zip(pivot).for_each(|(v, p)| *v -= factor * p);
                 b[i] -= factor * b[k];
             }
         }

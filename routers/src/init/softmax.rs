@@ -49,7 +49,8 @@ fn solve(training: &Training<'_>, lambda: f64) -> Result<Vec<f64>, Singular> {
     let mut memory: Vec<Pair> = Vec::new();
     for _ in 0..STEPS {
         let direction = direction(&gradient, &memory, &curvature);
-        if -dot(&gradient, &direction) < GAIN {
+        let gain = -dot(&gradient, &direction);
+        if gain.is_nan() || gain < GAIN {
             break;
         }
         let along: Vec<Vec<f32>> = training.rows.iter().map(|rows| logits(rows.x, &direction, hidden)).collect();
@@ -58,16 +59,17 @@ fn solve(training: &Training<'_>, lambda: f64) -> Result<Vec<f64>, Singular> {
             let (slope, curvature) = slope_along(&training.rows, &at, &along, experts, step);
             (slope + linear + step * square, curvature + square)
         };
-        let step = root(slope_at, [1e-6, 1e6], 0.01 * -dot(&gradient, &direction));
+        let step = root(slope_at, [1e-6, 1e6], 0.01 * gain);
         gate.iter_mut().zip(&direction).for_each(|(v, d)| *v += step * d);
         at.iter_mut().flatten().zip(along.iter().flatten()).for_each(|(v, d)| *v += (step * f64::from(*d)) as f32);
         let next = slope(training, &at, &gate, penalty);
         let pair = Pair::new(direction.iter().map(|v| step * v).collect(), &gradient, &next);
         gradient = next;
-        if memory.len() == MEMORY {
-            memory.remove(0);
+        // The function is convex: what says otherwise is rounding.
+        if pair.product > 0.0 {
+            memory.truncate(MEMORY - 1);
+            memory.insert(0, pair);
         }
-        memory.push(pair);
     }
     Ok(gate)
 }
@@ -87,19 +89,19 @@ impl Pair {
     }
 }
 
-/// -H⁻¹ · gradient, with what the pairs say of the Hessian H.
+/// -H⁻¹ · gradient, with what the pairs, latest first, say of the Hessian H.
 fn direction(gradient: &[f64], memory: &[Pair], curvature: &Curvature) -> Vec<f64> {
     let mut q: Vec<f64> = gradient.iter().map(|v| -v).collect();
     let mut weights = Vec::new();
-    for pair in memory.iter().rev() {
+    for pair in memory {
         let weight = dot(&pair.step, &q) / pair.product;
         q.iter_mut().zip(&pair.change).for_each(|(q, change)| *q -= weight * change);
         weights.push(weight);
     }
-    let scale = memory.last().map_or(1.0, |last| last.product / dot(&last.change, &curvature.divide(&last.change)));
+    let scale = memory.first().map_or(1.0, |last| last.product / dot(&last.change, &curvature.divide(&last.change)));
     let mut q = curvature.divide(&q);
     q.iter_mut().for_each(|v| *v *= scale);
-    for (pair, weight) in memory.iter().zip(weights.into_iter().rev()) {
+    for (pair, weight) in memory.iter().zip(weights).rev() {
         let rest = weight - dot(&pair.change, &q) / pair.product;
         q.iter_mut().zip(&pair.step).for_each(|(q, step)| *q += rest * step);
     }
