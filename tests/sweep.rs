@@ -90,11 +90,13 @@ fn permuting_the_experts_permutes_the_composite() {
     let mut straight = recipe(dir.path(), "repair: false", &[("a", 3), ("b", 20), ("c", 40)]);
     let mut turned = recipe(dir.path(), "repair: false", &[("c", 40), ("a", 3), ("b", 20)]);
     let (straight, turned) = (fitted(dir.path(), &mut straight), fitted(dir.path(), &mut turned));
-    for (a, b) in straight.gates().routed.iter().zip(&turned.gates().routed) {
+    for (l, (a, b)) in straight.gates().routed.iter().zip(&turned.gates().routed).enumerate() {
         let back = [b.row(1), b.row(2), b.row(0)].concat();
         let most = a.weight.iter().zip(&back).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         let size = a.weight.iter().fold(0f32, |most, v| most.max(v.abs()));
-        assert!(most < 0.02 * size, "{most} of {size}");
+        // Behind the first layer, rounding may send a token elsewhere.
+        let bound = if l == 0 { 0.01 } else { 0.1 };
+        assert!(most < bound * size, "layer {l}: {most} of {size}");
     }
 }
 

@@ -159,9 +159,13 @@ impl<'t> Reader<'t> {
         });
         let architecture = self.given(&fields, "architecture", Self::architecture);
         let shared = self.given(&fields, "shared", |reader, entry| reader.choice(entry, &Shared::ALL));
-        let repair = self.given(&fields, "repair", Self::chat_template);
+        let repair = self.given(&fields, "repair", |reader, entry| {
+            reader.switch(entry, "it says whether the experts' down projections are fitted to the shared weights and the routing")
+        });
         let layout = self.given(&fields, "layout", |reader, entry| reader.choice(entry, &Layout::ALL));
-        let chat_template = self.given(&fields, "chat_template", Self::chat_template);
+        let chat_template = self.given(&fields, "chat_template", |reader, entry| {
+            reader.switch(entry, "it says whether prompts are wrapped in the base's chat template before they are run")
+        });
         let tokenizer = self.given(&fields, "tokenizer", Self::tokenizer);
         let seed = self.given(&fields, "seed", |reader, entry| reader.whole(entry, 0));
 
@@ -313,7 +317,7 @@ impl<'t> Reader<'t> {
     }
 
     /// `None` for `auto`, which is what it is when it is not given.
-    fn chat_template(&mut self, entry: &Entry) -> Option<bool> {
+    fn switch(&mut self, entry: &Entry, hint: &str) -> Option<bool> {
         let value = match &entry.node.value {
             Value::Bool(value) => Some(*value),
             Value::Text(text) if text == "auto" => return None,
@@ -321,8 +325,7 @@ impl<'t> Reader<'t> {
             _ => None,
         };
         if value.is_none() {
-            let hint = "it says whether prompts are wrapped in the base's chat template before they are run";
-            self.error(&entry.node.span, "`chat_template` must be `true`, `false` or `auto`", Some(hint.to_owned()));
+            self.error(&entry.node.span, format!("`{}` must be `true`, `false` or `auto`", entry.key), Some(hint.to_owned()));
         }
         value
     }

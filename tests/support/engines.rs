@@ -29,9 +29,10 @@ pub fn with_text(name: &str, options: Options, change: impl FnOnce(Text) -> Text
     Engine::start(decoder(&source), change(text), options).unwrap()
 }
 
-/// An engine over the bundled recipe, composed in memory.
+/// An engine over the bundled experts, composed in memory with gates that need no fitting.
 pub fn composite(options: Options) -> Engine {
-    let (recipe, _) = recipe::read(&demo("recipe.yml"), &[]).unwrap();
+    let text = fs_err::read_to_string(demo("recipe.yml")).unwrap().replace("gate_mode: auto", "gate_mode: hidden");
+    let (recipe, _) = recipe::parse(&text, &demo("recipe.yml"), &[]).unwrap();
     let opened = |reference: &recipe::ModelRef| Source { reference: reference.clone(), ..open(&reference.path) };
     let sources = Sources::open(&recipe, |reference, _| Ok::<_, source::SourceError>(opened(reference))).unwrap();
     let plan = plan::plan(&recipe, &sources, &[]).unwrap();
