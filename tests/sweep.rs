@@ -95,7 +95,7 @@ fn permuting_the_experts_permutes_the_composite() {
         let most = a.weight.iter().zip(&back).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         let size = a.weight.iter().fold(0f32, |most, v| most.max(v.abs()));
         // Behind the first layer, rounding may send a token elsewhere.
-        let bound = if l == 0 { 0.01 } else { 0.1 };
+        let bound = if l == 0 { 0.05 } else { 0.1 };
         assert!(most < bound * size, "layer {l}: {most} of {size}");
     }
 }
