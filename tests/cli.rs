@@ -26,7 +26,7 @@ fn a_recipe_alone_can_be_checked() {
     $ upcycle plan --recipe-only recipe.yml
     exit 0
     --- stdout
-    recipe.yml is a good recipe: 2 experts, gate mode hidden
+    recipe.yml is a good recipe: 2 experts, gate mode auto
     ");
     assert_snapshot!(with_recipe(RECIPE, &["plan", "--recipe-only", "--json", "recipe.yml"]), @r#"
     $ upcycle plan --recipe-only --json recipe.yml
@@ -57,7 +57,7 @@ fn a_recipe_alone_can_be_checked() {
         }
       ],
       "shared_experts": [],
-      "gate_mode": "hidden",
+      "gate_mode": "auto",
       "dtype": null,
       "experts_per_token": 1,
       "architecture": null,
@@ -78,7 +78,7 @@ fn a_warning_does_not_stop_a_command() {
     $ upcycle plan --recipe-only recipe.yml
     exit 0
     --- stdout
-    recipe.yml is a good recipe: 2 experts, gate mode hidden
+    recipe.yml is a good recipe: 2 experts, gate mode auto
     --- stderr
     warning: `merge_method` is ignored: experts are not merged, each keeps its own MLPs
      --> recipe.yml:8:1
@@ -144,7 +144,7 @@ fn checks_are_waived_by_name() {
     $ upcycle plan --recipe-only recipe.yml --allow same-model-experts
     exit 0
     --- stdout
-    recipe.yml is a good recipe: 2 experts, gate mode hidden
+    recipe.yml is a good recipe: 2 experts, gate mode auto
     --- stderr
     warning[same-model-experts]: every expert is the same model
      --> recipe.yml:4:19
@@ -228,7 +228,7 @@ fn help_names_every_command() {
       chat         Talk to a model in the terminal
       run          One prompt in, text out
       eval         Perplexity per domain, beside the experts, their average and a perfect router
-      inspect      Show what a model is made of
+      inspect      Show what a model is made of and where its tokens go
       doctor       Devices, features, disk and memory
       completions  Shell completions
       help         Print this message or the help of the given subcommand(s)

@@ -1,6 +1,6 @@
 //! `eval`: losses against brute force, the baselines against what they stand for, the command's tables and messages.
 
-use std::path::Path;
+use std::{fmt::Write as _, path::Path};
 
 use candle_core::{DType, Device};
 use insta::assert_snapshot;
@@ -11,7 +11,7 @@ use upcycle::{
         Average, Observer, Router,
         evaluate::{self, Progress, Setting, Text},
         perplexity::{self, Loss, Window},
-        report::Kind,
+        report::Kind::{self, Base, Expert, Hidden, Oracle, Perfect},
     },
     plan::{self, Composite, Gates, Sources},
     recipe::{self, Recipe},
@@ -46,7 +46,9 @@ fn load(family: &Family, config: &Config, weights: &dyn Weights) -> Decoder {
 /// The bundled recipe's composite, with gates that choose by chance, or zero.
 fn composite(top_k: usize, gate: impl Fn(usize) -> f32) -> (Recipe, Composite) {
     let mut text = format!("base_model: {}\ngate_mode: random\nexperts_per_token: {top_k}\nexperts:\n", demo("base").display());
-    EXPERTS.iter().for_each(|name| text += &format!("  - source_model: {}\n", demo(name).display()));
+    for name in EXPERTS {
+        writeln!(text, "  - source_model: {}", demo(name).display()).unwrap();
+    }
     let recipe = recipe::parse(&text, Path::new("recipe.yml"), &[]).unwrap().0;
     let sources = Sources::open(&recipe, |reference, _| source::open(reference, &OpenOptions::default())).unwrap();
     let plan = plan::plan(&recipe, &sources, &[]).unwrap();
@@ -218,14 +220,13 @@ fn a_recipe_has_every_row() {
     let setting = Setting { device: Device::Cpu, dtype: DType::F32, progress: &Silent };
     let names = EXPERTS.map(str::to_owned);
     let evaluation = evaluate::recipe(&recipe, &composite, Some(&composite), &names, &texts, &setting).unwrap();
-    use Kind::{Average, Base, Expert, Hidden, Oracle, Perfect, Recipe, Uniform};
     let kinds: Vec<Kind> = evaluation.rows.iter().map(|row| row.kind).collect();
-    assert_eq!(kinds, [Base, Expert, Expert, Expert, Expert, Average, Uniform, Hidden, Recipe, Perfect, Oracle]);
+    assert_eq!(kinds, [Base, Expert, Expert, Expert, Expert, Kind::Average, Kind::Uniform, Hidden, Kind::Recipe, Perfect, Oracle]);
     let row = |kind| evaluation.rows.iter().find(|row| row.kind == kind).unwrap();
     assert_eq!(row(Oracle).losses[0], evaluation.rows[1].losses[0]);
     assert_eq!(row(Oracle).losses[1], evaluation.rows[2].losses[1]);
     assert!(row(Oracle).losses[2].is_empty() && row(Perfect).losses[2].is_empty(), "nobody's text has no right expert");
-    assert_eq!(row(Hidden).losses, row(Recipe).losses, "the same composite was given for both");
+    assert_eq!(row(Hidden).losses, row(Kind::Recipe).losses, "the same composite was given for both");
     assert_eq!(row(Perfect).losses[1], composite_losses(&composite, Router::Only(1), &texts[1].windows));
     assert_eq!(evaluation.choices.len(), 3);
     assert!(evaluation.notes.is_empty(), "{:?}", evaluation.notes);

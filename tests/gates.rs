@@ -114,6 +114,7 @@ fn drawn_gates_agree_with_mergekit() {
 /// Two experts of the bundled base with one prompt each.
 fn two(head: &str, first: &str, second: &str) -> Recipe {
     let expert = |name, prompt| format!("  - source_model: demo/{name}\n    positive_prompts: [{prompt:?}]\n");
+    let head = with_mode(head);
     parse(&format!("base_model: demo/base\n{head}\nexperts:\n{}{}", expert("code", first), expert("math", second)))
 }
 
@@ -165,12 +166,18 @@ fn a_chat_template_is_used_if_asked_for() {
     assert_ne!(wrapped[1].row(0), wrapped[1].row(1));
 }
 
+/// mergekit's default, unless another gate mode is given.
+fn with_mode(keys: &str) -> String {
+    if keys.contains("gate_mode") { keys.to_owned() } else { format!("gate_mode: hidden\n{keys}") }
+}
+
 /// A tiny random base in `dir`, with a file changed, and a recipe over it.
 fn tiny(dir: &Path, file: &str, change: impl FnOnce(Vec<u8>) -> Vec<u8>, keys: &str) -> Recipe {
     models::write(dir, "llama", 1);
     let path = dir.join(file);
     fs_err::write(&path, change(fs_err::read(&path).unwrap())).unwrap();
     let base = dir.display();
+    let keys = with_mode(keys);
     parse(&format!(
         "base_model: {base}\n{keys}\nexperts:\n  - {{source_model: {base}/a, positive_prompts: [\"w3 w4\"]}}\n  - {{source_model: {base}/b, \
          positive_prompts: [\"w5\", \"\"]}}\n"

@@ -173,7 +173,7 @@ fn values_are_coerced_as_mergekit_does() {
 fn nothing_given_is_the_default() {
     let nulls = "dtype:\nseed: ~\narchitecture: \"\"\nshared: null\nlayout:\ntokenizer:\nshared_experts:\nchat_template:";
     let recipe = parsed(&with(nulls).replace("gate_mode: hidden\nexperts_per_token: 1\n", ""));
-    assert_eq!((recipe.gate_mode.name, recipe.experts_per_token, recipe.chat_template), ("hidden", 2, None));
+    assert_eq!((recipe.gate_mode.name, recipe.experts_per_token, recipe.chat_template), ("auto", 2, None));
     assert_eq!((recipe.dtype, recipe.seed, recipe.architecture, recipe.tokenizer), (None, None, None, None));
     assert_eq!((recipe.shared, recipe.layout, recipe.shared_experts.len()), (Shared::Auto, Layout::Classic, 0));
 }
@@ -344,6 +344,8 @@ fn broken_yaml() {
       |
     6 |     positive_prompts: ["Write a function that sorts a list, "Why does this loop never end?"]
       |                                                              ^
+      |
+    hint: check the indentation and the quotes here and in the line above
     "#);
     assert_snapshot!(told("gate_mode: hidden", "gate_mode: hidden: random"), @"
     error: mapping values are not allowed in this context
@@ -351,6 +353,8 @@ fn broken_yaml() {
       |
     2 | gate_mode: hidden: random
       |                  ^
+      |
+    hint: check the indentation and the quotes here and in the line above
     ");
     assert_snapshot!(told("gate_mode: hidden", "gate_mode: hidden\ngate_mode: random"), @"
     error: duplicate mapping key `gate_mode` is not allowed here
@@ -358,6 +362,8 @@ fn broken_yaml() {
       |
     3 | gate_mode: random
       | ^^^^^^^^^
+      |
+    hint: check the indentation and the quotes here and in the line above
     ");
     assert_snapshot!(told("  - source_model: one\n    positive", "  - source_model: one\n   positive"), @r#"
     error: while parsing a block collection, did not find expected '-' indicator
@@ -365,6 +371,8 @@ fn broken_yaml() {
       |
     6 |    positive_prompts: ["Write a function that sorts a list", "Why does this loop never end?"]
       |    ^
+      |
+    hint: check the indentation and the quotes here and in the line above
     "#);
     assert_snapshot!(verdict("a: &a [*a]", &[]), @"
     error: Recursive reference not allowed here
@@ -372,6 +380,8 @@ fn broken_yaml() {
       |
     1 | a: &a [*a]
       |        ^^
+      |
+    hint: check the indentation and the quotes here and in the line above
     ");
 }
 
@@ -740,7 +750,7 @@ fn what_is_refused() {
     ");
     let no_prompts = "base_model: base\nexperts: [{source_model: one}, {source_model: two, positive_prompts: []}]\n";
     assert_snapshot!(verdict(no_prompts, &[]), @"
-    error: `hidden` makes gates from prompts, but experts 0 and 1 have none
+    error: `auto` makes gates from prompts, but experts 0 and 1 have none
      --> recipe.yml:2:26
       |
     2 | experts: [{source_model: one}, {source_model: two, positive_prompts: []}]
@@ -868,7 +878,7 @@ fn what_is_warned_of() {
     let expert = |name: &str, keys: &str| format!("  - source_model: {name}\n    {keys}\n");
     let recipe = |experts: &[(&str, &str)]| {
         let experts: String = experts.iter().map(|(name, keys)| expert(name, keys)).collect();
-        verdict(&format!("base_model: base\nexperts:\n{experts}"), &[]).split_once("\n\n").unwrap().1.to_owned()
+        verdict(&format!("base_model: base\nexperts:\n{experts}gate_mode: hidden\n"), &[]).split_once("\n\n").unwrap().1.to_owned()
     };
     let (a, b, c) = ("positive_prompts: [how so, why then]", "positive_prompts: [sum these, add that]", "positive_prompts: [tell a joke]");
     assert_snapshot!(recipe(&[("one", a), ("two", b), ("three", a)]), @"

@@ -31,26 +31,6 @@ fn model(family: &str) -> TempDir {
     dir
 }
 
-/// Splits `model.safetensors` into two shards with an index; gives the shards' names.
-fn shard(dir: &Path) -> [String; 2] {
-    let bytes = fs_err::read(dir.join("model.safetensors")).unwrap();
-    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    let mut names = tensors.names();
-    names.sort_unstable();
-    let (first, second) = names.split_at(names.len() / 2);
-    let mut weight_map = serde_json::Map::new();
-    let shards = [1, 2].map(|i| format!("model-0000{i}-of-00002.safetensors"));
-    for (shard, names) in shards.iter().zip([first, second]) {
-        let views = names.iter().map(|name| (*name, tensors.tensor(name).unwrap()));
-        safetensors::serialize_to_file(views, None, &dir.join(shard)).unwrap();
-        weight_map.extend(names.iter().map(|name| ((*name).to_owned(), shard.as_str().into())));
-    }
-    let index = serde_json::json!({"metadata": {}, "weight_map": weight_map});
-    fs_err::write(dir.join("model.safetensors.index.json"), index.to_string()).unwrap();
-    fs_err::remove_file(dir.join("model.safetensors")).unwrap();
-    shards
-}
-
 /// Every tensor of both, by name, is the same bytes.
 fn assert_same_tensors(a: &Source, b: &Source) {
     let sorted = |source: &Source| {
@@ -86,7 +66,7 @@ fn a_directory_is_a_model() {
 #[test]
 fn shards_are_one_model() {
     let (whole, sharded) = (model("llama"), model("llama"));
-    shard(sharded.path());
+    models::shard(sharded.path());
     assert_same_tensors(&open(whole.path()).unwrap(), &open(sharded.path()).unwrap());
 }
 

@@ -11,13 +11,16 @@
 
 mod support;
 
+mod bad_input;
 mod cli;
 mod compose;
 mod engine;
 mod eval;
 mod gates;
+mod inspect;
 mod recipe;
 mod serve;
 mod source;
+mod sweep;
 mod text;
 mod tidy;

@@ -156,7 +156,7 @@ pub enum RopeScaling {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// A key that the family needs is not there.
-    #[error("config.json: `{key}` is missing")]
+    #[error("config.json: `{key}` is missing; copy config.json from the model that was fine-tuned")]
     Missing {
         /// the key
         key: String,

@@ -78,5 +78,5 @@ fn key(recipe: &Recipe, plan: &Plan, sources: &Sources, corpus: &Corpus) -> Stri
     for sequence in corpus.experts.iter().flatten() {
         parts.push(format!("{:?}{:?}", sequence.tokens, sequence.counts));
     }
-    parts.iter().fold(Sha256::new(), |hash, part| hash.chain_update(part)).finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    parts.iter().fold(Sha256::new(), Sha256::chain_update).finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }

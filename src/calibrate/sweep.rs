@@ -4,7 +4,7 @@
 //! as far as it is fitted, which says what goes in. Layer by layer the sweep solves, in this order,
 //!
 //! 1. q, k, v: the matrix that makes from the composite's inputs what each expert's own makes from its own inputs, by least squares, held
-//!    near the experts' mean weighted by their inputs' second moments (RegMean, arXiv 2212.09849);
+//!    near the experts' mean weighted by their inputs' second moments (`RegMean`, arXiv 2212.09849);
 //! 2. o: the matrix that brings the residual stream to where it is in the expert's own model;
 //! 3. the gate, on the composite's true router inputs, labelled with the text's expert;
 //! 4. the experts' down projections, together, under the routing that this gate gives: they make up for wrongly routed tokens and for
@@ -244,8 +244,8 @@ impl Sweep<'_> {
         Ok((gate, logits, report.why))
     }
 
-    /// All down projections at once, one expert after the other (block Gauss-Seidel): minimises over the changes C_e
-    /// sum_i w_i |rest_i - sum_e a_ie C_e^T|^2 + ridge |C_e|^2, with a_ie the expert's hidden state times its routing weight.
+    /// All down projections at once, one expert after the other (block Gauss-Seidel): minimises over the changes `C_e`
+    /// `sum_i w_i |rest_i - sum_e a_ie C_e^T|^2 + ridge |C_e|^2`, with `a_ie` the expert's hidden state times its routing weight.
     fn repair(
         &self,
         l: usize,
@@ -285,7 +285,7 @@ impl Sweep<'_> {
         Ok(())
     }
 
-    /// The shared matrix of a role, from each expert's own inputs `own` [n_e, in] and the composite's `inputs` [N, in] to `targets` [N, out].
+    /// The shared matrix of a role, from each expert's own inputs `own` `[n_e, in]` and the composite's `inputs` [N, in] to `targets` [N, out].
     fn fit_matrix(&self, role: Role, texts: &Texts, own: &[Tensor], inputs: &Tensor, targets: &Tensor) -> Result<View, CalibrateError> {
         let start = self.weighted_mean(role, texts, own)?; // [out, in]
         let weighted = inputs.broadcast_mul(&texts.weight)?;
@@ -295,7 +295,7 @@ impl Sweep<'_> {
         self.round(&(start + change)?)
     }
 
-    /// (sum_e W_e G_e)(sum_e G_e)^-1, G_e the shrunk second moments of expert e's own inputs.
+    /// `(sum_e W_e G_e)(sum_e G_e)^-1`, `G_e` the shrunk second moments of expert e's own inputs.
     fn weighted_mean(&self, role: Role, texts: &Texts, own: &[Tensor]) -> Result<Tensor, CalibrateError> {
         let (mut numerator, mut denominator): (Option<Tensor>, Option<Tensor>) = (None, None);
         for ((source, z), rows) in self.experts.iter().zip(own).zip(&texts.rows) {
@@ -343,7 +343,7 @@ impl Sweep<'_> {
             let mut share = vec![UNUSED / v as f32; v];
             let one = 1.0 / sequences.tokens().count().max(1) as f32;
             sequences.tokens().for_each(|token| share[token as usize] += one);
-            let rows = self.view(source, Role::Embedding)?.to_f32();
+            let rows = view(source, Role::Embedding)?.to_f32();
             for ((sum, row), (share, total)) in sum.chunks_exact_mut(d).zip(rows.chunks_exact(d)).zip(share.iter().zip(&mut total)) {
                 sum.iter_mut().zip(row).for_each(|(sum, value)| *sum += share * value);
                 *total += share;
@@ -376,10 +376,10 @@ impl Sweep<'_> {
         if self.recipe.shared == Shared::Base {
             return Ok(None);
         }
-        let views = self.experts.iter().map(|source| Ok(self.view(source, role)?.to_f32())).collect::<Result<Vec<_>, CalibrateError>>()?;
+        let views = self.experts.iter().map(|source| Ok(view(source, role)?.to_f32())).collect::<Result<Vec<_>, CalibrateError>>()?;
         let count = views.len() as f64;
         let mean = (0..views[0].len()).map(|i| (views.iter().map(|v| f64::from(v[i])).sum::<f64>() / count) as f32);
-        let shape = self.view(self.base, role)?.info.shape;
+        let shape = view(self.base, role)?.info.shape;
         Ok(Some(View::from_f32(&mean.collect::<Vec<_>>(), self.plan.dtype, shape)?))
     }
 
@@ -394,14 +394,8 @@ impl Sweep<'_> {
         Ok(targets.broadcast_sub(&bias)?)
     }
 
-    /// A tensor of a dense model; a tied model's head is its embedding.
-    fn view(&self, source: &Source, role: Role) -> Result<View, CalibrateError> {
-        let role = if role == Role::Head && source.config.tied { Role::Embedding } else { role };
-        Ok(source.weights.read(&source.family.name(role).unwrap_or_default())?)
-    }
-
     fn matrix(&self, source: &Source, role: Role) -> Result<Tensor, CalibrateError> {
-        Ok(self.view(source, role)?.to_tensor(DType::F32, self.device)?)
+        Ok(view(source, role)?.to_tensor(DType::F32, self.device)?)
     }
 
     fn vector(&self, source: &Source, role: Role) -> Result<Tensor, CalibrateError> {
@@ -426,6 +420,12 @@ impl Sweep<'_> {
             over.insert(name, view);
         }
     }
+}
+
+/// A tensor of a dense model; a tied model's head is its embedding.
+fn view(source: &Source, role: Role) -> Result<View, CalibrateError> {
+    let role = if role == Role::Head && source.config.tied { Role::Embedding } else { role };
+    Ok(source.weights.read(&source.family.name(role).unwrap_or_default())?)
 }
 
 /// Rows of an embedding for all tokens, [N, D].

@@ -2,10 +2,13 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context as _, bail};
-use clap::ArgAction;
+use anyhow::anyhow;
+use clap::{ArgAction, error::ErrorKind};
 use indicatif::{HumanBytes, HumanDuration};
-use upcycle::{engine::device::DeviceChoice, write};
+use upcycle::{
+    engine::device::DeviceChoice,
+    write::{self, WriteError},
+};
 
 use super::{model::DeviceArgs, recipe, ui};
 
@@ -90,12 +93,12 @@ impl Mergekit {
     /// Refuses what cannot be had, warns of what has no effect.
     fn check(&self) -> anyhow::Result<()> {
         if self.trust_remote_code {
-            bail!(
-                "`--trust-remote-code`: upcycle runs no code from a model's repository; families are built in (`upcycle doctor` lists them)"
-            );
+            return Err(refuse(
+                "`--trust-remote-code`: upcycle runs no code from a model's repository; families are built in (`upcycle doctor` lists them)",
+            ));
         }
         if self.no_safe_serialization || self.safe_serialization == Some(false) {
-            bail!("`--no-safe-serialization`: upcycle writes safetensors only, never pickles");
+            return Err(refuse("`--no-safe-serialization`: upcycle writes safetensors only, never pickles"));
         }
         for (given, flag, why) in [
             (self.load_in_4bit || self.load_in_8bit, "--load-in-4bit/8bit", "the base is read from its memory map in its own type"),
@@ -126,6 +129,11 @@ impl Mergekit {
     }
 }
 
+/// A command line that cannot be meant here.
+fn refuse(message: &str) -> anyhow::Error {
+    super::command().error(ErrorKind::ArgumentConflict, message).into()
+}
+
 pub(crate) fn run(mut args: Args) -> anyhow::Result<()> {
     let start = std::time::Instant::now();
     args.mergekit.check()?;
@@ -146,8 +154,10 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<()> {
     args.device.set_threads()?;
     let mut recipe = recipe::read(&args.recipe, &args.options)?;
     let composite = recipe::composite(&mut recipe, &args.options, &args.device)?;
-    let written = write::write(&composite, &recipe, &args.out, &options, &ui::WriteProgress::new())
-        .with_context(|| format!("{} is unfinished; the same command goes on from there", args.out.display()))?;
+    let written = write::write(&composite, &recipe, &args.out, &options, &ui::WriteProgress::new()).map_err(|error| match error {
+        WriteError::Io(_) => anyhow!(error).context(format!("{} is unfinished; the same command goes on from there", args.out.display())),
+        other => other.into(),
+    })?;
     let bytes: u64 = written.shards.iter().map(|(_, bytes)| bytes).sum();
     tracing::info!("wrote {} to {} in {}", HumanBytes(bytes), args.out.display(), HumanDuration(start.elapsed()));
     ui::hint(format!("upcycle serve {}", args.out.display()));

@@ -17,6 +17,7 @@ mod recipe;
 mod run;
 #[cfg(feature = "serve")]
 mod serve;
+mod texts;
 mod ui;
 
 use std::process::ExitCode;
@@ -54,7 +55,7 @@ enum Command {
     Run(run::Args),
     /// Perplexity per domain, beside the experts, their average and a perfect router
     Eval(eval::Args),
-    /// Show what a model is made of
+    /// Show what a model is made of and where its tokens go
     Inspect(inspect::Args),
     /// Devices, features, disk and memory
     Doctor(doctor::Args),
@@ -74,7 +75,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Serve(args) => serve::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Run(args) => run::run(args),
-        Command::Eval(args) => eval::run(args),
+        Command::Eval(args) => eval::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Doctor(args) => doctor::run(args),
         Command::Completions(args) => {

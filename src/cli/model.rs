@@ -8,6 +8,7 @@ use upcycle::{
         Engine, Options as EngineOptions, Text,
         device::{self, DeviceChoice, DtypeChoice},
     },
+    plan::Composite,
     source::{self, Sidecar},
 };
 use upcycle_architectures::{Config, Family, Weights, decoder::Decoder};
@@ -70,15 +71,19 @@ pub(crate) fn open(model: &str, options: &recipe::Options, device: &DeviceArgs) 
     let path = Path::new(model);
     if is_recipe(model) {
         let mut recipe = recipe::read(path, options)?;
-        let composite = recipe::composite(&mut recipe, options, device)?;
-        let sidecars = composite.sources.base().sidecars.clone();
-        let name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
-        let (family, config) = (composite.plan.family(), composite.plan.config.clone());
-        return Ok(Loaded { name, family, config, weights: Arc::new(composite), sidecars });
+        return Ok(composed(path, recipe::composite(&mut recipe, options, device)?));
     }
     let source = source::open(&model.parse()?, &ui::open_options(None))?;
     let name = path.file_name().map_or_else(|| model.to_owned(), |name| name.to_string_lossy().into_owned());
     Ok(Loaded { name, family: source.family, config: source.config, weights: source.weights, sidecars: source.sidecars })
+}
+
+/// The composite of the recipe at `path` as a model.
+pub(crate) fn composed(path: &Path, composite: Composite) -> Loaded {
+    let sidecars = composite.sources.base().sidecars.clone();
+    let name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+    let (family, config) = (composite.plan.family(), composite.plan.config.clone());
+    Loaded { name, family, config, weights: Arc::new(composite), sidecars }
 }
 
 /// The decoder of an opened model.

@@ -2,7 +2,7 @@
 
 use std::{process::ExitCode, sync::Arc};
 
-use anstream::eprintln;
+use anstream::{AutoStream, ColorChoice, eprintln};
 use anstyle::{AnsiColor, Style};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use tracing_subscriber::EnvFilter;
@@ -24,7 +24,14 @@ pub(crate) fn init(verbose: u8, quiet: bool) {
         _ => "debug",
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().with_target(false).init();
+    let colour = AutoStream::choice(&std::io::stderr()) != ColorChoice::Never;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(colour)
+        .without_time()
+        .with_target(false)
+        .init();
 }
 
 /// Prints an error with its causes and gives exit code 1. A closed pipe is success.
@@ -37,9 +44,17 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
         problems.iter().for_each(problem);
         return ExitCode::FAILURE;
     }
-    eprintln!("{ERROR}error{ERROR:#}: {error}");
-    for cause in error.chain().skip(1) {
-        eprintln!("  caused by: {cause}");
+    if let Some(usage) = error.downcast_ref::<clap::Error>() {
+        return ExitCode::from(if usage.print().is_ok() { 2 } else { 1 });
+    }
+    let mut said = error.to_string();
+    eprintln!("{ERROR}error{ERROR:#}: {said}");
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        // Many a message ends with its cause.
+        if !said.contains(&cause) {
+            eprintln!("  caused by: {cause}");
+            said = cause;
+        }
     }
     ExitCode::FAILURE
 }

@@ -27,14 +27,21 @@ pub(super) fn bytes(sidecars: &BTreeMap<String, Sidecar>, file: &str) -> Result<
     Ok(sidecars.get(file).map(Sidecar::read).transpose()?)
 }
 
+/// That a sidecar is not what its name says.
+pub(super) fn invalid(sidecars: &BTreeMap<String, Sidecar>, file: &str, reason: impl std::fmt::Display) -> SidecarError {
+    let place = match sidecars.get(file) {
+        Some(Sidecar::File(path)) => path.display().to_string(),
+        _ => file.to_owned(),
+    };
+    SidecarError::Invalid { file: place, reason: format!("{reason}; fetch it again") }
+}
+
 /// A sidecar's text.
 pub(super) fn text(sidecars: &BTreeMap<String, Sidecar>, file: &str) -> Result<Option<String>, SidecarError> {
-    let invalid = |error: std::string::FromUtf8Error| SidecarError::Invalid { file: file.to_owned(), reason: error.to_string() };
-    bytes(sidecars, file)?.map(String::from_utf8).transpose().map_err(invalid)
+    bytes(sidecars, file)?.map(String::from_utf8).transpose().map_err(|error| invalid(sidecars, file, error))
 }
 
 /// A sidecar's JSON.
 pub(super) fn json(sidecars: &BTreeMap<String, Sidecar>, file: &str) -> Result<Option<Value>, SidecarError> {
-    let invalid = |error: serde_json::Error| SidecarError::Invalid { file: file.to_owned(), reason: error.to_string() };
-    bytes(sidecars, file)?.map(|bytes| serde_json::from_slice(&bytes)).transpose().map_err(invalid)
+    bytes(sidecars, file)?.map(|bytes| serde_json::from_slice(&bytes)).transpose().map_err(|error| invalid(sidecars, file, error))
 }

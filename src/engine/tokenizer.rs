@@ -9,7 +9,7 @@ use std::{
 use serde_json::Value;
 use upcycle_architectures::Config;
 
-use super::sidecars::{SidecarError, bytes, json};
+use super::sidecars::{SidecarError, bytes, invalid, json};
 use crate::source::Sidecar;
 
 /// Prompt tokens before the first generated one that its text may depend on (a leading space is kept only behind other text).
@@ -46,8 +46,8 @@ pub enum TokenizerError {
     /// There is no `tokenizer.json`.
     #[error("the model has no tokenizer.json (convert its tokenizer with `AutoTokenizer.from_pretrained(...).save_pretrained(...)`)")]
     Missing,
-    /// `tokenizer.json` is not one, or refuses its input.
-    #[error("tokenizer.json: {0}")]
+    /// The tokenizer refuses its input.
+    #[error("the tokenizer: {0}")]
     Tokenizer(tokenizers::Error),
 }
 
@@ -56,7 +56,7 @@ impl Tokenizer {
     /// a text from those, from `config` and from `generation_config.json` together.
     pub fn open(sidecars: &BTreeMap<String, Sidecar>, config: &Config) -> Result<Self, TokenizerError> {
         let data = bytes(sidecars, "tokenizer.json")?.ok_or(TokenizerError::Missing)?;
-        let mut inner = tokenizers::Tokenizer::from_bytes(data).map_err(TokenizerError::Tokenizer)?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(data).map_err(|error| invalid(sidecars, "tokenizer.json", error))?;
         // Settings of the training run that must not touch a prompt.
         inner.with_truncation(None).map_err(TokenizerError::Tokenizer)?.with_padding(None);
 

@@ -24,21 +24,21 @@ impl<'a> Average<'a> {
         let tied = sources.iter().all(|source| source.config.tied);
         let config = Config { tied, dtype: Some(dtype), ..base.config.clone() };
         let family = base.family;
-        let tensors = family.tensors(&config).into_iter().filter_map(|(role, shape)| Some((family.name(role)?, (role, shape)))).collect();
-        let average = Self { family, config, sources, dtype, tensors };
-        for (role, expected) in average.tensors.values() {
-            for source in &average.sources {
-                let tensor = name_in(source, *role)?;
+        let mut tensors = HashMap::new();
+        for (role, expected) in family.tensors(&config) {
+            for source in &sources {
+                let tensor = name_in(source, role)?;
                 match source.weights.info(&tensor) {
                     None => return Err(WeightsError::Missing { tensor }),
-                    Some(TensorInfo { shape, .. }) if shape != *expected => {
-                        return Err(WeightsError::Shape { tensor, expected: expected.clone(), found: shape });
+                    Some(TensorInfo { shape, .. }) if shape != expected => {
+                        return Err(WeightsError::Shape { tensor, expected, found: shape });
                     }
                     Some(_) => {}
                 }
             }
+            tensors.extend(family.name(role).map(|name| (name, (role, expected))));
         }
-        Ok(average)
+        Ok(Self { family, config, sources, dtype, tensors })
     }
 }
 

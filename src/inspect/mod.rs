@@ -2,11 +2,18 @@
 
 mod average;
 pub mod evaluate;
+pub mod inspection;
+mod page;
 pub mod perplexity;
 pub mod report;
 mod routing;
+mod similarity;
 mod summary;
+mod traffic;
 
 pub use average::Average;
+pub use page::page;
 pub use routing::{Choices, Observer, Router, load};
+pub use similarity::{Drift, Similarity, similarity};
 pub use summary::{Summary, gates, summary};
+pub use traffic::{Sample, Traffic, traffic};

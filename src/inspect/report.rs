@@ -72,6 +72,8 @@ pub struct Report {
     pub experts: Vec<String>,
     /// where the recipe takes its shared weights from
     pub shared: Shared,
+    /// whether the recipe's gates are fitted to text
+    pub fitted: bool,
     /// what its gates chose: [domain][layer]; empty for dense models
     pub choices: Vec<Vec<Choices>>,
     /// what the reader should know
@@ -167,6 +169,7 @@ impl Report {
             accuracy: right.iter().sum::<f64>() / right.len() as f64,
             experts: self.experts.len(),
             shared: self.shared,
+            fitted: self.fitted,
         })
     }
 
@@ -307,6 +310,7 @@ struct Figures {
     accuracy: f64,
     experts: usize,
     shared: Shared,
+    fitted: bool,
 }
 
 /// Is the composite worth it, and what is to blame for what is missing?
@@ -354,12 +358,16 @@ fn verdict(f: &Figures) -> Vec<String> {
     } else {
         String::new()
     };
-    let try_shared = match f.shared {
-        Shared::Auto | Shared::Base => "try `gate_mode: auto`, which fits the shared weights where that helps, or `shared: fit`",
-        Shared::Average => "try `shared: fit`",
-        Shared::Fit => "try more text (`text_file`) for the experts, or experts whose attention was not trained",
+    let try_shared = match (f.shared, f.fitted) {
+        (Shared::Fit, _) => "try more text for the experts (`text_file`), or experts whose attention was not trained",
+        (_, true) => "try `shared: fit`",
+        (_, false) => "try `gate_mode: auto`, which fits the shared weights, too",
     };
-    let try_router = "try prompts that are more, longer and closer to the texts that the experts will see, or another `gate_mode`";
+    let try_router = if f.fitted {
+        "try more text for the experts (`text_file`), closer to what they will see"
+    } else {
+        "try `gate_mode: auto`, which fits the gates to what the routers see"
+    };
     if f.perfect >= f.best - NOTHING {
         lines.push(format!(
             "The shared weights are to blame: even a perfect router ({}) is no better than {dense}, because the experts do not work with this \
@@ -410,6 +418,7 @@ mod tests {
             ],
             experts: vec!["code".into(), "verse".into()],
             shared: Shared::Average,
+            fitted: true,
             choices: vec![vec![first.clone()], vec![second], vec![first]],
             notes: vec!["the texts are short".into()],
         }
@@ -473,6 +482,7 @@ mod tests {
             accuracy: 0.5,
             experts: 4,
             shared: Shared::Base,
+            fitted: false,
         };
         for (name, case, expected) in cases {
             let lines = verdict(&figures(case)).join("\n");
@@ -487,5 +497,8 @@ mod tests {
         assert!(harmful.last().unwrap().contains("The gates do harm"), "{harmful:?}");
         let harmless = verdict(&Figures { uniform: Some(60f64.ln()), ..figures((64.0, 48.0, 17.0, 16.0)) });
         assert!(!harmless.last().unwrap().contains("harm"), "{harmless:?}");
+        let advice = |shared, fitted| verdict(&Figures { shared, fitted, ..figures((64.0, 48.0, 44.0, 16.0)) }).join(" ");
+        assert!(advice(Shared::Base, false).contains("try `gate_mode: auto`") && advice(Shared::Base, true).contains("try `shared: fit`"));
+        assert!(advice(Shared::Fit, true).contains("`text_file`"));
     }
 }

@@ -19,7 +19,7 @@ pub(super) const LINTS: &[(&str, &str)] = &[
 /// One message for a list of problems.
 pub(super) fn list(problems: &[Problem]) -> String {
     let lines = problems.iter().map(|problem| match problem.lint {
-        Some(lint) => format!("{} (waived by `--allow {lint}`)", problem.message),
+        Some(lint) => format!("{} (`--allow {lint}` if it is meant)", problem.message),
         None => problem.message.clone(),
     });
     let lines: Vec<String> = lines.collect();
@@ -33,6 +33,10 @@ pub(super) fn list(problems: &[Problem]) -> String {
 pub(super) fn problems(recipe: &Recipe, sources: &Sources, warnings: &mut Vec<String>) -> Vec<Problem> {
     let base = sources.base();
     let mut problems = Vec::new();
+    if base.config.moe.is_some() {
+        problems.push(already_sparse(base));
+        return problems;
+    }
     let mut seen = Vec::new();
     let shared = recipe.shared_experts.iter();
     for (expert, routed) in recipe.experts.iter().map(|e| (e, true)).chain(shared.map(|e| (e, false))) {
@@ -40,8 +44,8 @@ pub(super) fn problems(recipe: &Recipe, sources: &Sources, warnings: &mut Vec<St
         if routed {
             let first = sources.get(&recipe.experts[0].source_model);
             if source.config.ffn != first.config.ffn {
-                let values = format!("{} in {}, {} in {}", first.config.ffn, first.reference, source.config.ffn, source.reference);
-                problems.push(fatal(format!("experts differ in `intermediate_size`: {values}")));
+                let values = format!("{} in `{}`, {} in `{}`", first.config.ffn, first.reference, source.config.ffn, source.reference);
+                problems.push(fatal(format!("experts differ in `intermediate_size`: {values}; use experts of one size")));
             }
         }
         if std::ptr::eq(source, base) || seen.contains(&&source.reference) {
@@ -58,10 +62,24 @@ fn fatal(message: String) -> Problem {
     Problem { lint: None, message }
 }
 
+/// A difference in what all experts share.
+fn unfit(difference: &str) -> Problem {
+    fatal(format!("{difference}; experts must be fine-tunes of the base"))
+}
+
+fn already_sparse(source: &Source) -> Problem {
+    let (name, family) = (&source.reference, &source.config.model_type);
+    fatal(format!("`{name}` is a Mixture-of-Experts already (`{family}`); name the dense models that it was made from"))
+}
+
 fn compare_configs(base: &Source, expert: &Source, problems: &mut Vec<Problem>, warnings: &mut Vec<String>) {
     let (a, b) = (&base.config, &expert.config);
+    if b.moe.is_some() {
+        problems.push(already_sparse(expert));
+        return;
+    }
     if a.model_type != b.model_type {
-        problems.push(fatal(differ("model type", base, &a.model_type, expert, &b.model_type)));
+        problems.push(unfit(&differ("model type", base, &a.model_type, expert, &b.model_type)));
         return;
     }
     let sizes: [(&str, fn(&Config) -> usize); 5] = [
@@ -73,25 +91,27 @@ fn compare_configs(base: &Source, expert: &Source, problems: &mut Vec<Problem>, 
     ];
     for (key, value) in sizes {
         if value(a) != value(b) {
-            problems.push(fatal(differ(&format!("`{key}`"), base, value(a), expert, value(b))));
+            problems.push(unfit(&differ(&format!("`{key}`"), base, value(a), expert, value(b))));
         }
     }
     if a.activation != b.activation {
-        problems.push(fatal(differ("`hidden_act`", base, format!("{:?}", a.activation), expert, format!("{:?}", b.activation))));
+        problems.push(unfit(&differ("`hidden_act`", base, format!("{:?}", a.activation), expert, format!("{:?}", b.activation))));
     }
     if (a.qkv_bias, a.o_bias, a.qk_norm) != (b.qkv_bias, b.o_bias, b.qk_norm) {
         let show = |c: &Config| format!("qkv bias {}, output bias {}, qk norm {}", c.qkv_bias, c.o_bias, c.qk_norm);
-        problems.push(fatal(differ("attention", base, show(a), expert, show(b))));
+        problems.push(unfit(&differ("attention", base, show(a), expert, show(b))));
     }
+    let foreign = |difference: String| format!("{difference}; the composite uses the base's, which that expert was not trained with");
     if a.rope.theta.to_bits() != b.rope.theta.to_bits() {
-        let message = differ("`rope_theta`", base, a.rope.theta, expert, b.rope.theta);
+        let message = foreign(differ("`rope_theta`", base, a.rope.theta, expert, b.rope.theta));
         problems.push(Problem { lint: Some("rope-mismatch"), message });
     } else if a.rope != b.rope {
-        let message = differ("rope scaling", base, format!("{:?}", a.rope.scaling), expert, format!("{:?}", b.rope.scaling));
+        let message = foreign(differ("rope scaling", base, format!("{:?}", a.rope.scaling), expert, format!("{:?}", b.rope.scaling)));
         problems.push(Problem { lint: Some("rope-mismatch"), message });
     }
     if a.norm_eps.to_bits() != b.norm_eps.to_bits() {
-        problems.push(Problem { lint: Some("eps-mismatch"), message: differ("`rms_norm_eps`", base, a.norm_eps, expert, b.norm_eps) });
+        problems
+            .push(Problem { lint: Some("eps-mismatch"), message: foreign(differ("`rms_norm_eps`", base, a.norm_eps, expert, b.norm_eps)) });
     }
     if a.windows != b.windows {
         let show = |c: &Config| c.windows.iter().flatten().next().map_or("none".to_owned(), ToString::to_string);
@@ -104,7 +124,7 @@ fn compare_configs(base: &Source, expert: &Source, problems: &mut Vec<Problem>, 
 }
 
 fn differ(what: &str, base: &Source, a: impl std::fmt::Display, expert: &Source, b: impl std::fmt::Display) -> String {
-    format!("{what} differs: {a} in the base {}, {b} in {}", base.reference, expert.reference)
+    format!("{what} differs: {a} in the base `{}`, {b} in `{}`", base.reference, expert.reference)
 }
 
 /// The composite speaks the base's vocabulary. Extra tokens of an expert are unknown to it (a warning, since its embeddings are not used);
@@ -130,7 +150,7 @@ fn compare_vocabularies(recipe: &Recipe, base: &Source, expert: &Source, problem
     let replaced = unknown.iter().filter(|token| taken.contains_key(&theirs[**token])).count();
     if let Some((token, own, id)) = different.first() {
         let message = format!(
-            "{} of {} tokens of {} have another id than in the base {} (`{token}` is {id} there, {own} here): \
+            "{} of {} tokens of `{}` have another id than in the base `{}` (`{token}` is {id} there, {own} here): \
              the expert would read another text than is written",
             different.len() + replaced,
             theirs.len(),
@@ -140,7 +160,7 @@ fn compare_vocabularies(recipe: &Recipe, base: &Source, expert: &Source, problem
         problems.push(Problem { lint: Some("vocabulary-mismatch"), message });
     } else if replaced * 100 > theirs.len() {
         let message = format!(
-            "{replaced} of {} tokens of {} stand for other text in the base {}: the vocabularies differ",
+            "{replaced} of {} tokens of `{}` stand for other text in the base `{}`: the vocabularies differ",
             theirs.len(),
             expert.reference,
             base.reference,
@@ -152,7 +172,7 @@ fn compare_vocabularies(recipe: &Recipe, base: &Source, expert: &Source, problem
         let shown = names.iter().take(4).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
         let more = if names.len() > 4 { ", ..." } else { "" };
         warnings.push(format!(
-            "{} has {} tokens that the base {} lacks ({shown}{more}): the composite does not know them",
+            "`{}` has {} tokens that the base `{}` lacks ({shown}{more}): the composite does not know them",
             expert.reference,
             names.len(),
             base.reference,
@@ -198,12 +218,15 @@ pub(super) fn missing(sources: &Sources, tensors: &[PlannedTensor]) -> Vec<Probl
     let mut check = |index: usize, name: &String| {
         let source = &sources.all[index];
         let message = match (source.weights.info(name), expected[index].get(name)) {
-            (None, _) => format!("{} has no tensor `{name}` ({})", source.reference, source.location.display()),
+            (None, _) => {
+                let location = source.location.display();
+                format!("`{location}` has no tensor `{name}`, which its config.json asks for; it is incomplete: fetch it again")
+            }
             (Some(TensorInfo { shape, .. }), Some(wanted)) if shape != *wanted => {
-                let reference = &source.reference;
+                let location = source.location.display();
                 format!(
-                    "{reference}: tensor `{name}` has shape {shape:?}, but its config.json makes it {wanted:?} ({})",
-                    source.location.display()
+                    "`{location}`: tensor `{name}` has shape {shape:?}, but its config.json makes it {wanted:?}; \
+                     weights and config are of different models: fetch both again"
                 )
             }
             _ => return,

@@ -218,7 +218,6 @@ pub const LINTS: &[(&str, &str)] = check::LINTS;
 /// Plans the composite. `allow` names the lints that are waived (they become warnings).
 pub fn plan(recipe: &Recipe, sources: &Sources, allow: &[String]) -> Result<Plan, PlanError> {
     let base = sources.base();
-    let target = choose(recipe, sources)?;
     let mut warnings = Vec::new();
     let problems = check::problems(recipe, sources, &mut warnings);
     let (waived, fatal): (Vec<_>, Vec<_>) =
@@ -227,6 +226,7 @@ pub fn plan(recipe: &Recipe, sources: &Sources, allow: &[String]) -> Result<Plan
         return Err(PlanError::Problems(fatal));
     }
     warnings.extend(waived.into_iter().map(|problem| problem.message));
+    let target = choose(recipe, sources)?;
 
     let dtype = recipe.dtype.or(base.config.dtype).unwrap_or(Dtype::Bf16);
     let experts: Vec<usize> = recipe.experts.iter().map(|expert| sources.index(&expert.source_model)).collect();
@@ -302,11 +302,13 @@ fn choose(recipe: &Recipe, sources: &Sources) -> Result<&'static Target, PlanErr
         return Err(PlanError::UnknownTarget { given: recipe.architecture.clone().unwrap_or_default(), known });
     }
     let mut reasons = Vec::new();
+    let experts = recipe.experts.iter().chain(&recipe.shared_experts).map(|expert| &expert.source_model);
+    let models: Vec<&Source> = std::iter::once(&recipe.base_model).chain(experts).map(|model| sources.get(model)).collect();
     for target in candidates {
         let shared = !recipe.shared_experts.is_empty();
-        match sources.all.iter().find_map(|source| Some((source, target.refuses(&source.config, shared)?))) {
+        match models.iter().find_map(|source| Some((source, target.refuses(&source.config, shared)?))) {
             None => return Ok(target),
-            Some((source, reason)) => reasons.push(format!("{} cannot hold {}: {reason}", target.name, source.reference)),
+            Some((source, reason)) => reasons.push(format!("{} cannot hold `{}`: {reason}", target.name, source.reference)),
         }
     }
     Err(PlanError::NoTarget { reasons: reasons.join("; ") })

@@ -114,6 +114,14 @@ pub enum RecipeError {
     /// The file cannot be read; the message names it.
     #[error(transparent)]
     Read(#[from] std::io::Error),
+    /// It is not UTF-8.
+    #[error("{}:{line}: this is not UTF-8; save the recipe in that encoding", file.display())]
+    Encoding {
+        /// the recipe
+        file: PathBuf,
+        /// from 1
+        line: usize,
+    },
     /// Everything wrong with the recipe, and its warnings, in the order of the checks. Each is rendered with `error:` or `warning:` in front.
     #[error("{}", .0.iter().map(Problem::to_string).collect::<Vec<_>>().join("\n\n"))]
     Invalid(Vec<Problem>),
@@ -121,7 +129,11 @@ pub enum RecipeError {
 
 /// Reads and checks a recipe; what it warns of comes with it. `allow` names the lints that are waived.
 pub fn read(file: &Path, allow: &[String]) -> Result<(Recipe, Vec<Problem>), RecipeError> {
-    parse(&fs_err::read_to_string(file)?, file, allow)
+    let text = String::from_utf8(fs_err::read(file)?).map_err(|error| {
+        let line = error.as_bytes()[..error.utf8_error().valid_up_to()].split(|byte| *byte == b'\n').count();
+        RecipeError::Encoding { file: file.to_owned(), line }
+    })?;
+    parse(&text, file, allow)
 }
 
 /// The same from text. `file` is shown in messages, and `prompts_file` and `text_file` paths are relative to its directory.

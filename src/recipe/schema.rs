@@ -126,7 +126,7 @@ impl<'t> Reader<'t> {
         let root = match yaml::parse(&file.text) {
             Ok(root) => root,
             Err((message, span)) => {
-                self.error(&span, message, None);
+                self.error(&span, message, Some("check the indentation and the quotes here and in the line above".into()));
                 return None;
             }
         };
@@ -166,7 +166,9 @@ impl<'t> Reader<'t> {
         let seed = self.given(&fields, "seed", |reader, entry| reader.whole(entry, 0));
 
         let (experts, expert): (Vec<_>, Vec<_>) = experts?.into_iter().unzip();
-        let gate_mode = gate_mode.or_else(|| init::find("hidden"))?;
+        // A shared expert's gate is made from prompts alone.
+        let default = if shared_experts.is_some() { "hidden" } else { "auto" };
+        let gate_mode = gate_mode.or_else(|| init::find(default))?;
         let usual = if gate_mode.all_experts { experts.len() } else { 2 };
         let recipe = Recipe {
             base_model: base_model?,

@@ -11,7 +11,7 @@ pub enum SourceError {
     #[error(transparent)]
     Io(#[from] std::io::Error),
     /// There is no such path, and it is no Hub name either.
-    #[error("`{name}` is neither a file nor a directory here, nor a name on the Hub (`owner/name[@revision]`)")]
+    #[error("`{name}` is neither a file nor a directory here, nor a name on the Hub (`owner/name[@revision]`); check the path")]
     NotFound {
         /// as the user wrote it
         name: String,
@@ -113,6 +113,12 @@ pub enum SourceError {
     #[error("`{place}` has weights but no config.json; copy it from the model that was fine-tuned")]
     NoConfig {
         /// directory or repository
+        place: String,
+    },
+    /// A directory that a compose did not finish.
+    #[error("`{place}` was not finished by `upcycle compose`; run the same compose again, it goes on from there")]
+    Unfinished {
+        /// the directory
         place: String,
     },
     /// A file that should be JSON.

@@ -125,7 +125,9 @@ impl Adapter {
                 };
                 let info =
                     base.weights.info(&of).ok_or_else(|| error(format!("the base has no tensor `{target}`; is it for another model?")))?;
-                change.check(&info.shape).map_err(|reason| error(format!("{reason} (base tensor `{target}` {:?})", info.shape)))?;
+                change
+                    .check(&info.shape)
+                    .map_err(|reason| error(format!("{reason} (base tensor `{target}` {:?}); is it for another base?", info.shape)))?;
                 changes.entry(target).or_insert_with(|| (of, Vec::new())).1.push(change);
             }
         }

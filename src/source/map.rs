@@ -7,9 +7,16 @@ use memmap2::Mmap;
 
 /// Maps a file read-only. Errors name the file.
 pub(crate) fn map(path: &Path) -> io::Result<Bytes> {
-    let file = fs_err::File::open(path)?;
+    let file = fs_err::File::open(path).map_err(|error| dangling(path).unwrap_or(error))?;
     // SAFETY: a map is sound as long as nobody truncates or rewrites the file under it. Every loader of these formats asks the same of its
     // users, and our own writers never write under a final name: they write a temporary file and rename it, which leaves old maps intact.
     let map = unsafe { Mmap::map(file.file()) };
     map.map(Bytes::from_owner).map_err(|error| io::Error::new(error.kind(), format!("cannot map `{}`: {error}", path.display())))
+}
+
+/// A link to nothing, as in a cache of the Hub that was copied in part.
+fn dangling(path: &Path) -> Option<io::Error> {
+    let target = fs_err::read_link(path).ok().filter(|_| !path.exists())?;
+    let message = format!("`{}` is a link to `{}`, which is not there; fetch the model again", path.display(), target.display());
+    Some(io::Error::new(io::ErrorKind::NotFound, message))
 }

@@ -125,7 +125,11 @@ pub fn open(reference: &ModelRef, options: &OpenOptions) -> Result<Source, Sourc
         match locate(lora, options)? {
             Place::Adapter(directory) => source = Adapter::open(&directory)?.merge(source)?,
             Place::Model(..) | Place::Gguf(_) => {
-                return Err(SourceError::WrongKind { place: lora.to_string(), found: "a whole model", expected: "an adapter" });
+                return Err(SourceError::WrongKind {
+                    place: lora.to_string(),
+                    found: "a whole model",
+                    expected: "an adapter (what stands behind `+`)",
+                });
             }
         }
     }
@@ -155,7 +159,12 @@ fn locate(reference: &ModelRef, options: &OpenOptions) -> Result<Place, SourceEr
     let directory = if path.is_dir() {
         path.to_owned()
     } else if path.exists() {
-        return if gguf::is_gguf(path)? { Ok(Place::Gguf(path.to_owned())) } else { Err(SourceError::NotAModel { file: path.to_owned() }) };
+        // What is called one and is none says best itself what is wrong with it.
+        return if gguf::is_gguf(path)? || path.extension().is_some_and(|end| end == "gguf") {
+            Ok(Place::Gguf(path.to_owned()))
+        } else {
+            Err(SourceError::NotAModel { file: path.to_owned() })
+        };
     } else if let Some(hub) = &options.hub
         && let Some(repo) = hub::Repo::parse(reference)
     {

@@ -4,6 +4,7 @@
 use std::{io, path::Path};
 
 use super::{SourceError, safetensors::is_plain_name};
+use crate::write::UNFINISHED;
 
 /// Name of the index of a sharded checkpoint.
 pub(super) const INDEX: &str = "model.safetensors.index.json";
@@ -60,6 +61,9 @@ pub(super) fn files(place: &str, names: &[String]) -> Result<Files, SourceError>
     let mut safetensors = ending(&[".safetensors"]);
     safetensors.retain(|name| name != ADAPTER_WEIGHTS);
     let mut gguf = ending(&[".gguf"]);
+    if has(UNFINISHED) {
+        return Err(SourceError::Unfinished { place: place.to_owned() });
+    }
     let files = if has("model.safetensors") {
         Files::One("model.safetensors".into())
     } else if has(INDEX) {

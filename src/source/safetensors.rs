@@ -177,7 +177,9 @@ fn explain(bytes: &[u8], error: &SafeTensorError) -> String {
         SafeTensorError::MetadataIncompleteBuffer => {
             format!("its tensors do not end where the file ends, at byte {length}; it was cut short or appended to; fetch it again")
         }
-        SafeTensorError::InvalidOffset(tensor) => format!("the bytes of tensor `{tensor}` overlap another's or leave a gap"),
+        SafeTensorError::InvalidOffset(tensor) => {
+            format!("the bytes of tensor `{tensor}` overlap another's or leave a gap; the file is damaged: fetch it again")
+        }
         SafeTensorError::TensorInvalidInfo | SafeTensorError::ValidationOverflow => misfit(bytes).unwrap_or_else(|| error.to_string()),
         other => other.to_string(),
     }
@@ -195,7 +197,7 @@ fn misfit(bytes: &[u8]) -> Option<String> {
             return None;
         }
         Some(format!(
-            "tensor `{name}` has shape {:?} of {}, which does not fit its {} bytes",
+            "tensor `{name}` has shape {:?} of {}, which does not fit its {} bytes; the file is damaged: fetch it again",
             info.shape,
             info.dtype,
             end.saturating_sub(start)

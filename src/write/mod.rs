@@ -67,6 +67,9 @@ pub enum WriteError {
     /// The directory holds something else.
     #[error("{} is not empty; give another directory, or `--overwrite`", .0.display())]
     Occupied(PathBuf),
+    /// There is a file of that name.
+    #[error("{} is a file; a model is a directory: give another name", .0.display())]
+    File(PathBuf),
     /// Somebody else is writing there.
     #[error("another compose is writing into {}", .0.display())]
     Locked(PathBuf),
@@ -83,7 +86,8 @@ pub enum WriteError {
     },
     /// A tensor with NaN or infinity in it.
     #[error(
-        "tensor `{tensor}` has NaN or infinite values; they come from {origin} (`--allow non-finite-weights` writes them all the same)"
+        "tensor `{tensor}` has NaN or infinite values; they come from {origin}, which is damaged: fetch it again \
+         (`--allow non-finite-weights` writes them all the same)"
     )]
     NonFinite {
         /// its name in the composite
@@ -114,7 +118,8 @@ pub struct Written {
     pub found: u64,
 }
 
-const STATE: &str = ".upcycle-unfinished";
+/// Is in a directory from the first byte written to the last.
+pub(crate) const UNFINISHED: &str = ".upcycle-unfinished";
 
 /// Writes the composite into directory `out` (made if it is not there).
 pub fn write(
@@ -156,7 +161,7 @@ pub fn write(
     }
     put(out, "config.json", &pretty(&composite.plan.config_json))?;
     drop(state);
-    fs_err::remove_file(out.join(STATE))?;
+    fs_err::remove_file(out.join(UNFINISHED))?;
     Ok(Written { shards: shards.iter().map(|shard| (shard.file.clone(), shard.bytes())).collect(), found })
 }
 
@@ -165,9 +170,10 @@ pub fn check_directory(out: &Path, options: &Options) -> Result<(), WriteError> 
     let mut entries = match fs_err::read_dir(out) {
         Ok(entries) => entries,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => return Err(WriteError::File(out.to_owned())),
         Err(error) => return Err(error.into()),
     };
-    if !options.overwrite && !out.join(STATE).exists() && entries.next().is_some() {
+    if !options.overwrite && !out.join(UNFINISHED).exists() && entries.next().is_some() {
         return Err(WriteError::Occupied(out.to_owned()));
     }
     Ok(())
@@ -176,7 +182,7 @@ pub fn check_directory(out: &Path, options: &Options) -> Result<(), WriteError> 
 /// Makes the directory ours: empty, or left unfinished by the same recipe. The returned file holds the lock.
 fn claim(out: &Path, digest: &str, overwrite: bool, progress: &dyn Progress) -> Result<fs_err::File, WriteError> {
     fs_err::create_dir_all(out)?;
-    let path = out.join(STATE);
+    let path = out.join(UNFINISHED);
     let entries: Vec<PathBuf> = fs_err::read_dir(out)?.map(|entry| Ok(entry?.path())).collect::<std::io::Result<_>>()?;
     let unfinished = entries.contains(&path);
     if !unfinished && !entries.is_empty() && !overwrite {

@@ -6,8 +6,8 @@ use insta::assert_snapshot;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-use super::{model, open, shard};
-use crate::support::models;
+use super::{model, open};
+use crate::support::models::{self, rewrite, rewrite_header, rewrite_index, shard};
 
 /// The message for a tiny llama after `change`; its directory reads `[DIR]`.
 fn message(change: impl FnOnce(&Path)) -> String {
@@ -17,37 +17,11 @@ fn message(change: impl FnOnce(&Path)) -> String {
     error.to_string().replace(dir.path().to_str().unwrap(), "[DIR]")
 }
 
-/// Rewrites `model.safetensors`.
-fn rewrite(dir: &Path, change: impl FnOnce(&mut Vec<u8>)) {
-    let file = dir.join("model.safetensors");
-    let mut bytes = fs_err::read(&file).unwrap();
-    change(&mut bytes);
-    fs_err::write(file, bytes).unwrap();
-}
-
-/// Replaces the header of `model.safetensors`.
-fn rewrite_header(dir: &Path, change: impl FnOnce(&mut Value)) {
-    rewrite(dir, |bytes| {
-        let length = usize::try_from(u64::from_le_bytes(*bytes.first_chunk().unwrap())).unwrap();
-        let mut header = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
-        change(&mut header);
-        let header = header.to_string();
-        bytes.splice(..8 + length, (header.len() as u64).to_le_bytes().into_iter().chain(header.into_bytes()));
-    });
-}
-
-fn rewrite_index(dir: &Path, change: impl FnOnce(&mut Value)) {
-    let file = dir.join("model.safetensors.index.json");
-    let mut index = serde_json::from_slice(&fs_err::read(&file).unwrap()).unwrap();
-    change(&mut index);
-    fs_err::write(file, index.to_string()).unwrap();
-}
-
 #[test]
 fn nothing_there() {
     let dir = tempfile::tempdir().unwrap();
     let say = |path: &Path| open(path).err().unwrap().to_string().replace(dir.path().to_str().unwrap(), "[DIR]");
-    assert_snapshot!(say(&dir.path().join("nowhere")), @"`[DIR]/nowhere` is neither a file nor a directory here, nor a name on the Hub (`owner/name[@revision]`)");
+    assert_snapshot!(say(&dir.path().join("nowhere")), @"`[DIR]/nowhere` is neither a file nor a directory here, nor a name on the Hub (`owner/name[@revision]`); check the path");
     assert_snapshot!(say(dir.path()), @"`[DIR]` holds no weights; a model is config.json with model.safetensors (or its shards and index), a PEFT adapter, or one .gguf file");
     fs_err::write(dir.path().join("notes.txt"), "hello").unwrap();
     assert_snapshot!(say(&dir.path().join("notes.txt")), @"`[DIR]/notes.txt` is not a model; name its directory, or a .gguf file");
@@ -77,7 +51,7 @@ fn broken_configs() {
         })
     };
     assert_snapshot!(config(|config| config["model_type"] = json!("mamba")), @"`[DIR]`: config.json: model type `mamba` is not supported (supported: llama, mistral, qwen2, qwen3, mixtral, qwen2_moe, qwen3_moe)");
-    assert_snapshot!(config(|config| drop(config.as_object_mut().unwrap().remove("hidden_size"))), @"`[DIR]`: config.json: `hidden_size` is missing");
+    assert_snapshot!(config(|config| drop(config.as_object_mut().unwrap().remove("hidden_size"))), @"`[DIR]`: config.json: `hidden_size` is missing; copy config.json from the model that was fine-tuned");
     assert_snapshot!(config(|config| config["quantization_config"] = json!({"quant_method": "awq", "bits": 4})), @r#"`[DIR]`: config.json: `quantization_config` is "awq", expected none: quantised safetensors are not read, use the original checkpoint or a GGUF"#);
 }
 
@@ -87,9 +61,9 @@ fn broken_safetensors() {
     assert_snapshot!(message(|dir| rewrite(dir, |bytes| bytes.truncate(100))), @"`[DIR]/model.safetensors` cannot be read: its header claims 2104 bytes, but the file has 100; it was cut short or is no safetensors file; fetch it again");
     assert_snapshot!(message(|dir| rewrite(dir, |bytes| bytes.truncate(bytes.len() - 5))), @"`[DIR]/model.safetensors` cannot be read: its tensors do not end where the file ends, at byte 41339; it was cut short or appended to; fetch it again");
     assert_snapshot!(message(|dir| rewrite(dir, |bytes| bytes[20] = b'\\')), @"`[DIR]/model.safetensors` cannot be read: invalid JSON in header: invalid escape at line 1 column 14");
-    assert_snapshot!(message(|dir| rewrite_header(dir, |header| header["model.norm.weight"]["shape"] = json!([33]))), @"`[DIR]/model.safetensors` cannot be read: tensor `model.norm.weight` has shape [33] of BF16, which does not fit its 64 bytes");
-    assert_snapshot!(message(|dir| rewrite_header(dir, |header| header["model.norm.weight"]["shape"] = json!([u64::MAX, 2]))), @"`[DIR]/model.safetensors` cannot be read: tensor `model.norm.weight` has shape [18446744073709551615, 2] of BF16, which does not fit its 64 bytes");
-    assert_snapshot!(message(|dir| rewrite_header(dir, |header| header["model.norm.weight"]["data_offsets"] = json!([0, 64]))), @"`[DIR]/model.safetensors` cannot be read: the bytes of tensor `lm_head.weight` overlap another's or leave a gap");
+    assert_snapshot!(message(|dir| rewrite_header(dir, |header| header["model.norm.weight"]["shape"] = json!([33]))), @"`[DIR]/model.safetensors` cannot be read: tensor `model.norm.weight` has shape [33] of BF16, which does not fit its 64 bytes; the file is damaged: fetch it again");
+    assert_snapshot!(message(|dir| rewrite_header(dir, |header| header["model.norm.weight"]["shape"] = json!([u64::MAX, 2]))), @"`[DIR]/model.safetensors` cannot be read: tensor `model.norm.weight` has shape [18446744073709551615, 2] of BF16, which does not fit its 64 bytes; the file is damaged: fetch it again");
+    assert_snapshot!(message(|dir| rewrite_header(dir, |header| header["model.norm.weight"]["data_offsets"] = json!([0, 64]))), @"`[DIR]/model.safetensors` cannot be read: the bytes of tensor `lm_head.weight` overlap another's or leave a gap; the file is damaged: fetch it again");
     assert_snapshot!(message(|dir| rewrite_header(dir, |header| header["model.norm.weight"]["dtype"] = json!("I16"))), @"`[DIR]/model.safetensors`: tensor `model.norm.weight` is stored as I16; only float checkpoints are read: use the model that was quantised");
     assert_snapshot!(message(|dir| rewrite_header(dir, |header| header["model.norm.weight"]["dtype"] = json!("Q3"))), @"`[DIR]/model.safetensors` cannot be read: invalid JSON in header: unknown variant `Q3`, expected one of `BOOL`, `F4`, `F6_E2M3`, `F6_E3M2`, `U8`, `I8`, `F8_E5M2`, `F8_E4M3`, `F8_E8M0`, `F8_E4M3FNUZ`, `F8_E5M2FNUZ`, `I16`, `U16`, `F16`, `BF16`, `I32`, `U32`, `F32`, `C64`, `F64`, `I64`, `U64` at line 1 column 2102");
 }

@@ -13,8 +13,11 @@ use upcycle::{
     source::{self, OpenOptions, Progress, Source, SourceError},
 };
 
-use super::{assert_same_tensors, model, open, shard};
-use crate::support::hub::{Behaviour, COMMIT, Hub, Request};
+use super::{assert_same_tensors, model, open};
+use crate::support::{
+    hub::{Behaviour, COMMIT, Hub, Request},
+    models,
+};
 
 /// A server with one repository, and an empty cache.
 struct Setting {
@@ -177,7 +180,7 @@ fn a_part_with_wrong_bytes_is_noticed() {
 
 #[test]
 fn shards_adapters_and_gguf_files_are_fetched() {
-    let sharded = setting("someone/tiny", |dir| drop(shard(dir)));
+    let sharded = setting("someone/tiny", |dir| drop(models::shard(dir)));
     assert_same_tensors(&sharded.open("someone/tiny").unwrap(), &open(sharded.model.path()).unwrap());
     // A shard that is gone from the cache is fetched alone.
     let snapshot = sharded.repo().join("snapshots").join(COMMIT);
@@ -215,9 +218,9 @@ fn one_gguf_of_several_is_named_by_its_file() {
 
 #[test]
 fn offline_the_cache_must_have_it() {
-    let mut setting = setting("someone/tiny", |dir| drop(shard(dir)));
+    let mut setting = setting("someone/tiny", |dir| drop(models::shard(dir)));
     setting.offline();
-    assert_snapshot!(setting.message("someone/tiny"), @"`someone/tiny@main` is not a path here, its snapshot is not in the Hub's cache (`[CACHE]`), and HF_HUB_OFFLINE forbids to fetch it");
+    assert_snapshot!(setting.message("someone/tiny"), @"`someone/tiny@main` is not a path here, its snapshot is not in the Hub's cache (`[CACHE]`), and HF_HUB_OFFLINE forbids to fetch it: unset it, or fetch the model first");
     if let Some(hub) = &mut setting.options.hub {
         hub.offline = false;
     }
@@ -227,7 +230,7 @@ fn offline_the_cache_must_have_it() {
     setting.open("someone/tiny").unwrap();
     let snapshot = setting.repo().join("snapshots").join(COMMIT);
     fs_err::remove_file(snapshot.join("model-00002-of-00002.safetensors")).unwrap();
-    assert_snapshot!(setting.message("someone/tiny"), @"`someone/tiny@main` is not a path here, its model-00002-of-00002.safetensors is not in the Hub's cache (`[CACHE]`), and HF_HUB_OFFLINE forbids to fetch it");
+    assert_snapshot!(setting.message("someone/tiny"), @"`someone/tiny@main` is not a path here, its model-00002-of-00002.safetensors is not in the Hub's cache (`[CACHE]`), and HF_HUB_OFFLINE forbids to fetch it: unset it, or fetch the model first");
     assert_eq!(setting.hub.take_requests(), []);
 }
 
@@ -242,9 +245,9 @@ fn what_the_hub_refuses() {
         hub.token = None;
     }
     assert_snapshot!(setting.message("someone/tiny"), @"`someone/tiny@main` is not a path here, and http://127.0.0.1:[PORT] answered 401: it does not exist, or is private or gated; if it is yours to use, set HF_TOKEN");
-    assert_snapshot!(setting.message("not a name"), @"`not a name` is neither a file nor a directory here, nor a name on the Hub (`owner/name[@revision]`)");
-    assert_snapshot!(setting.message("someone/../tiny"), @"`someone/../tiny` is neither a file nor a directory here, nor a name on the Hub (`owner/name[@revision]`)");
-    assert_snapshot!(setting.message("someone/tiny@../../x"), @"`someone/tiny@../../x` is neither a file nor a directory here, nor a name on the Hub (`owner/name[@revision]`)");
+    assert_snapshot!(setting.message("not a name"), @"`not a name` is neither a file nor a directory here, nor a name on the Hub (`owner/name[@revision]`); check the path");
+    assert_snapshot!(setting.message("someone/../tiny"), @"`someone/../tiny` is neither a file nor a directory here, nor a name on the Hub (`owner/name[@revision]`); check the path");
+    assert_snapshot!(setting.message("someone/tiny@../../x"), @"`someone/tiny@../../x` is neither a file nor a directory here, nor a name on the Hub (`owner/name[@revision]`); check the path");
 }
 
 #[test]

@@ -253,13 +253,13 @@ fn adapters_that_do_not_fit() {
     assert_snapshot!(say(&with(good.clone(), "init_lora_weights", json!("pissa_niter_4")), &down(4)), @"[LORA]/adapter_config.json: `init_lora_weights` is pissa_niter_4, which changed the base it was trained on; save it with `path_initial_model_for_weight_conversion`, or merge it with PEFT first");
     assert_snapshot!(say(&with(good.clone(), "rank_pattern", json!({"(down": 4})), &down(4)), @"`[LORA]/adapter_model.safetensors`: tensor `base_model.model.model.layers.1.mlp.down_proj.lora_A.weight`: `rank_pattern` has the key `(down`, which is no regular expression");
     assert_snapshot!(say(&with(good.clone(), "r", json!("many")), &down(4)), @r#"[LORA]/adapter_config.json: invalid type: string "many", expected usize"#);
-    assert_snapshot!(say(&good, &down(8)), @"`[LORA]/adapter_model.safetensors`: tensor `base_model.model.model.layers.1.mlp.down_proj.lora_A.weight`: its A has shape [8, 48], expected [4, 48] (base tensor `model.layers.1.mlp.down_proj.weight` [32, 48])");
-    assert_snapshot!(say(&good, &pair(DOWN, 4, [models::FFN, models::HIDDEN])), @"`[LORA]/adapter_model.safetensors`: tensor `base_model.model.model.layers.1.mlp.down_proj.lora_A.weight`: its A has shape [4, 32], expected [4, 48] (base tensor `model.layers.1.mlp.down_proj.weight` [32, 48])");
+    assert_snapshot!(say(&good, &down(8)), @"`[LORA]/adapter_model.safetensors`: tensor `base_model.model.model.layers.1.mlp.down_proj.lora_A.weight`: its A has shape [8, 48], expected [4, 48] (base tensor `model.layers.1.mlp.down_proj.weight` [32, 48]); is it for another base?");
+    assert_snapshot!(say(&good, &pair(DOWN, 4, [models::FFN, models::HIDDEN])), @"`[LORA]/adapter_model.safetensors`: tensor `base_model.model.model.layers.1.mlp.down_proj.lora_A.weight`: its A has shape [4, 32], expected [4, 48] (base tensor `model.layers.1.mlp.down_proj.weight` [32, 48]); is it for another base?");
     assert_snapshot!(say(&good, &pair("model.layers.7.mlp.down_proj", 4, [32, 48])), @"`[LORA]/adapter_model.safetensors`: tensor `base_model.model.model.layers.7.mlp.down_proj.lora_A.weight`: the base has no tensor `model.layers.7.mlp.down_proj.weight`; is it for another model?");
     assert_snapshot!(say(&good, &half("lora_A")), @"`[LORA]/adapter_model.safetensors`: tensor `base_model.model.model.layers.1.mlp.down_proj.lora_A.weight`: its counterpart `lora_B` is missing");
     assert_snapshot!(say(&good, &half("lora_B")), @"`[LORA]/adapter_model.safetensors`: tensor `base_model.model.model.layers.1.mlp.down_proj.lora_B.weight`: its counterpart `lora_A` is missing");
     assert_snapshot!(say(&good, &one("base_model.model.model.norm.lora_C.weight", &[32])), @"`[LORA]/adapter_model.safetensors`: tensor `base_model.model.model.norm.lora_C.weight`: its name is none that PEFT gives to a LoRA");
-    assert_snapshot!(say(&good, &one("base_model.model.model.embed_tokens.weight", &[65, 32])), @"`[LORA]/adapter_model.safetensors`: tensor `base_model.model.model.embed_tokens.weight`: it has shape [65, 32], expected [64, 32] (base tensor `model.embed_tokens.weight` [64, 32])");
+    assert_snapshot!(say(&good, &one("base_model.model.model.embed_tokens.weight", &[65, 32])), @"`[LORA]/adapter_model.safetensors`: tensor `base_model.model.model.embed_tokens.weight`: it has shape [65, 32], expected [64, 32] (base tensor `model.embed_tokens.weight` [64, 32]); is it for another base?");
 }
 
 #[test]
@@ -271,7 +271,7 @@ fn references_of_the_wrong_kind() {
     };
     assert_snapshot!(say(open(adapter.path()).err()), @"`[LORA]` is an adapter and does not say for which base; write BASE+[LORA]");
     let lora_is_model = ModelRef { lora: Some(Box::new(reference(base.path()))), ..reference(base.path()) };
-    assert_snapshot!(say(source::open(&lora_is_model, &OpenOptions::default()).err()), @"`[BASE]` is a whole model, where an adapter is needed");
+    assert_snapshot!(say(source::open(&lora_is_model, &OpenOptions::default()).err()), @"`[BASE]` is a whole model, where an adapter (what stands behind `+`) is needed");
     let base_is_adapter = OpenOptions { base: Some(reference(adapter.path())), ..OpenOptions::default() };
     assert_snapshot!(say(source::open(&reference(adapter.path()), &base_is_adapter).err()), @"`[LORA]` is an adapter, where its base model is needed");
 }

@@ -1,12 +1,12 @@
-//! Tiny random models, written as a Hugging Face directory.
+//! Tiny random models, written as a Hugging Face directory, and ways to take such a directory apart.
 
 use std::{collections::BTreeMap, path::Path};
 
 use half::bf16;
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
-use safetensors::{Dtype, tensor::TensorView};
-use serde_json::{Value, json};
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use serde_json::{Map, Value, json};
 
 /// Sizes of the tiny models: L 2, D 32, F 48, H 4 over 2 key/value heads, V 64.
 pub const LAYERS: usize = 2;
@@ -92,7 +92,7 @@ pub fn write_with(dir: &Path, config: &Value, tensors: &[(String, Vec<usize>)], 
 
 /// A word-level tokenizer of V entries: `<s>`, `</s>`, `<unk>`, then `w3` to `w63`, split at white space.
 fn tokenizer() -> Value {
-    let mut vocab = serde_json::Map::new();
+    let mut vocab = Map::new();
     for (id, token) in ["<s>", "</s>", "<unk>"].into_iter().map(str::to_owned).chain((3..VOCAB).map(|i| format!("w{i}"))).enumerate() {
         vocab.insert(token, id.into());
     }
@@ -102,4 +102,51 @@ fn tokenizer() -> Value {
         "normalizer": null, "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": null, "decoder": null,
         "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},
     })
+}
+
+/// Splits `model.safetensors` into two shards with an index; gives the shards' names.
+pub fn shard(dir: &Path) -> [String; 2] {
+    let bytes = fs_err::read(dir.join("model.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let mut names = tensors.names();
+    names.sort_unstable();
+    let (first, second) = names.split_at(names.len() / 2);
+    let mut weight_map = Map::new();
+    let shards = [1, 2].map(|i| format!("model-0000{i}-of-00002.safetensors"));
+    for (shard, names) in shards.iter().zip([first, second]) {
+        let views = names.iter().map(|name| (*name, tensors.tensor(name).unwrap()));
+        safetensors::serialize_to_file(views, None, &dir.join(shard)).unwrap();
+        weight_map.extend(names.iter().map(|name| ((*name).to_owned(), shard.as_str().into())));
+    }
+    let index = json!({"metadata": {}, "weight_map": weight_map});
+    fs_err::write(dir.join("model.safetensors.index.json"), index.to_string()).unwrap();
+    fs_err::remove_file(dir.join("model.safetensors")).unwrap();
+    shards
+}
+
+/// Rewrites `model.safetensors`.
+pub fn rewrite(dir: &Path, change: impl FnOnce(&mut Vec<u8>)) {
+    let file = dir.join("model.safetensors");
+    let mut bytes = fs_err::read(&file).unwrap();
+    change(&mut bytes);
+    fs_err::write(file, bytes).unwrap();
+}
+
+/// Replaces the header of `model.safetensors`.
+pub fn rewrite_header(dir: &Path, change: impl FnOnce(&mut Value)) {
+    rewrite(dir, |bytes| {
+        let length = usize::try_from(u64::from_le_bytes(*bytes.first_chunk().unwrap())).unwrap();
+        let mut header = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+        change(&mut header);
+        let header = header.to_string();
+        bytes.splice(..8 + length, (header.len() as u64).to_le_bytes().into_iter().chain(header.into_bytes()));
+    });
+}
+
+/// Rewrites the index of shards.
+pub fn rewrite_index(dir: &Path, change: impl FnOnce(&mut Value)) {
+    let file = dir.join("model.safetensors.index.json");
+    let mut index = serde_json::from_slice(&fs_err::read(&file).unwrap()).unwrap();
+    change(&mut index);
+    fs_err::write(file, index.to_string()).unwrap();
 }

@@ -229,6 +229,14 @@ impl Decoder {
         Cache::new(self.layers.len())
     }
 
+    /// What an expert of a sparse layer makes of router inputs x [N, D], whoever is chosen for them: [N, D]. `None` if there is no such expert.
+    pub fn expert(&self, layer: usize, expert: usize, x: &Tensor) -> Result<Option<Tensor>> {
+        match self.layers.get(layer).map(|layer| &layer.mlp) {
+            Some(LayerMlp::Sparse(sparse)) => sparse.experts.get(expert).map(|expert| expert.forward(x)).transpose(),
+            _ => Ok(None),
+        }
+    }
+
     /// Runs the new tokens of all sequences. Returns the wanted logits as f32 [rows, V], in the order of `steps`.
     ///
     /// If the probe stops the pass or an error does, there are no logits and every cache keeps the tokens that it had.

@@ -15,6 +15,10 @@ const ARCHITECTURES: [(&str, &str, &str, bool); 5] = [
     ("qwen3moe", "qwen3", "qwen3_moe", true),
 ];
 
+fn missing(key: &str) -> String {
+    format!("metadata `{key}` is missing; the file is incomplete: fetch it again, or use the original checkpoint")
+}
+
 /// The config.
 pub(super) fn make(gguf: &Gguf) -> Result<Value> {
     let architecture = gguf.text("general.architecture")?.ok_or("metadata `general.architecture` is missing")?;
@@ -25,7 +29,7 @@ pub(super) fn make(gguf: &Gguf) -> Result<Value> {
         .ok_or_else(|| format!("architecture `{architecture}` is not supported in GGUF (supported: {})", known()))?;
     let key = |name: &str| format!("{architecture}.{name}");
     let optional = |name: &str| gguf.integer(&key(name));
-    let needed = |name: &str| optional(name)?.ok_or_else(|| format!("metadata `{}` is missing", key(name)));
+    let needed = |name: &str| optional(name)?.ok_or_else(|| missing(&key(name)));
 
     let experts = optional("expert_count")?.unwrap_or(0);
     let model_type = if experts > 0 { sparse } else { dense };
@@ -42,8 +46,7 @@ pub(super) fn make(gguf: &Gguf) -> Result<Value> {
     let shape = |name: &str, axis: usize| gguf.tensors.get(name).and_then(|tensor| tensor.shape.get(axis)).copied();
     // A sparse Qwen may state no size for a dense MLP, for it has none.
     let expert_ffn = optional("expert_feed_forward_length")?.or_else(|| shape("blk.0.ffn_gate_exps.weight", 1));
-    let ffn =
-        optional("feed_forward_length")?.or(expert_ffn).ok_or_else(|| format!("metadata `{}` is missing", key("feed_forward_length")))?;
+    let ffn = optional("feed_forward_length")?.or(expert_ffn).ok_or_else(|| missing(&key("feed_forward_length")))?;
     let has = |name: &str| gguf.tensors.contains_key(name);
 
     let mut config = json!({

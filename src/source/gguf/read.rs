@@ -84,7 +84,7 @@ impl Gguf {
     fn parse(bytes: Bytes) -> Result<Self> {
         let mut reader = Reader { bytes, at: 0 };
         if reader.take(4)? != MAGIC {
-            return Err("it does not begin with `GGUF`".into());
+            return Err("it does not begin with `GGUF`: it is something else under this name; fetch it again".into());
         }
         match reader.u32()? {
             2 | 3 => {}

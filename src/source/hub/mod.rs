@@ -85,7 +85,11 @@ impl Hub {
             },
             None => "snapshot".to_owned(),
         };
-        let why = if self.offline { "HF_HUB_OFFLINE forbids to fetch it" } else { "this build cannot reach the Hub (feature `hub`)" };
+        let why = if self.offline {
+            "HF_HUB_OFFLINE forbids to fetch it: unset it, or fetch the model first"
+        } else {
+            "this build cannot fetch it: build with `--features hub`, or fetch the model with another tool"
+        };
         #[cfg(feature = "hub")]
         if !self.offline {
             return download::download(self, repo, progress);

@@ -1,0 +1,125 @@
+//! Fitted composites: what stays as it is, what follows the order of the experts, and what is gained.
+
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use tempfile::TempDir;
+use upcycle::{
+    calibrate::{self, text},
+    plan::{self, Composite, Gates, Sources},
+    recipe::{self, Recipe, Shared},
+    source::{self, OpenOptions},
+};
+use upcycle_architectures::{
+    Weights as _,
+    decoder::{Decoder, Logits, NoProbe, Step},
+};
+
+use crate::support::models;
+
+/// Writes a text of words `from..from + 12` and gives its path.
+fn words(dir: &Path, name: &str, from: usize) -> String {
+    let text: Vec<String> = (0..600).map(|i| format!("w{}", from + (i * i + 3 * i) % 12)).collect();
+    let path = dir.join(format!("{name}.txt"));
+    fs_err::write(&path, text.join(" ")).unwrap();
+    path.display().to_string()
+}
+
+/// A recipe over `experts`, each a model of `dir` with the number of its first word.
+fn recipe(dir: &Path, keys: &str, experts: &[(&str, usize)]) -> Recipe {
+    let mut text = format!("base_model: {}\ngate_mode: auto\ndtype: float32\n{keys}\nexperts:\n", dir.join("base").display());
+    for (name, from) in experts {
+        text += &format!("  - source_model: {}\n    text_file: {}\n", dir.join(name).display(), words(dir, name, *from));
+    }
+    recipe::parse(&text, &dir.join("recipe.yml"), &["same-model-experts".to_owned()]).unwrap().0
+}
+
+fn fitted(dir: &Path, recipe: &mut Recipe) -> Composite {
+    let sources = Sources::open(recipe, |reference, _| source::open(reference, &OpenOptions::default())).unwrap();
+    recipe.shared = calibrate::settle(recipe, &sources).unwrap();
+    let plan = plan::plan(recipe, &sources, &[]).unwrap();
+    let options = text::TextOptions { window: 64, ..text::TextOptions::default() };
+    let none = |_: &source::Source| panic!("every expert has a text");
+    let corpus = text::corpus(recipe, &sources, &options, &none, &|_| ()).unwrap();
+    let store = calibrate::fit(recipe, &plan, &sources, &corpus, &Device::Cpu, &dir.join("cache"), &|_, _| ()).unwrap();
+    let gates = Gates { routed: store.gates.clone(), shared: Vec::new() };
+    plan::composite(plan, sources, gates, Some(std::sync::Arc::new(store)))
+}
+
+fn logits(decoder: &Decoder) -> Tensor {
+    let tokens: Vec<u32> = (3..40).collect();
+    let mut cache = decoder.cache();
+    decoder.forward(&mut [Step { tokens: &tokens, cache: &mut cache, logits: Logits::All }], &mut NoProbe).unwrap()
+}
+
+fn composite_logits(composite: &Composite) -> Tensor {
+    let plan = &composite.plan;
+    logits(&Decoder::load(plan.family(), &plan.config, composite, DType::F32, &Device::Cpu).unwrap())
+}
+
+fn largest(a: &Tensor, b: &Tensor) -> f32 {
+    (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap()
+}
+
+#[test]
+fn copies_of_one_model_stay_that_model() {
+    for family in ["llama", "qwen2", "qwen3"] {
+        let dir = TempDir::new().unwrap();
+        for name in ["base", "a", "b"] {
+            models::write(&dir.path().join(name), family, 1);
+        }
+        let source = source::open(&dir.path().join("base").display().to_string().parse().unwrap(), &OpenOptions::default()).unwrap();
+        let dense = logits(&Decoder::load(source.family, &source.config, &*source.weights, DType::F32, &Device::Cpu).unwrap());
+        for shared in ["auto", "fit"] {
+            let mut recipe = recipe(dir.path(), &format!("shared: {shared}"), &[("a", 3), ("b", 20)]);
+            let composite = fitted(dir.path(), &mut recipe);
+            assert_eq!(recipe.shared, if shared == "auto" { Shared::Base } else { Shared::Fit }, "{family}");
+            let most = largest(&composite_logits(&composite), &dense);
+            assert!(most < 2e-3, "{family}, shared: {shared}: {most}");
+        }
+    }
+}
+
+#[test]
+fn permuting_the_experts_permutes_the_composite() {
+    let dir = TempDir::new().unwrap();
+    for (seed, name) in ["base", "a", "b", "c"].into_iter().enumerate() {
+        models::write(&dir.path().join(name), "llama", seed as u64);
+    }
+    // Repair mends one expert after the other, so that their order has a small say.
+    let mut straight = recipe(dir.path(), "repair: false", &[("a", 3), ("b", 20), ("c", 40)]);
+    let mut turned = recipe(dir.path(), "repair: false", &[("c", 40), ("a", 3), ("b", 20)]);
+    let (straight, turned) = (fitted(dir.path(), &mut straight), fitted(dir.path(), &mut turned));
+    for (a, b) in straight.gates().routed.iter().zip(&turned.gates().routed) {
+        let back = [b.row(1), b.row(2), b.row(0)].concat();
+        let most = a.weight.iter().zip(&back).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        let size = a.weight.iter().fold(0f32, |most, v| most.max(v.abs()));
+        assert!(most < 0.02 * size, "{most} of {size}");
+    }
+}
+
+#[test]
+fn a_fit_is_kept_and_damage_to_it_is_noticed() {
+    let dir = TempDir::new().unwrap();
+    for (seed, name) in ["base", "a", "b"].into_iter().enumerate() {
+        models::write(&dir.path().join(name), "llama", seed as u64);
+    }
+    let make = || {
+        let composite = fitted(dir.path(), &mut recipe(dir.path(), "", &[("a", 3), ("b", 20)]));
+        let names = composite.names();
+        names.iter().map(|name| composite.read(name).unwrap().data.to_vec()).collect::<Vec<_>>()
+    };
+    let first = make();
+    let kept = || {
+        fs_err::read_dir(dir.path().join("cache"))
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .find(|p| p.extension().is_some_and(|e| e == "bin"))
+    };
+    let file = kept().unwrap();
+    let written = fs_err::metadata(&file).unwrap().modified().unwrap();
+    assert_eq!(make(), first);
+    assert_eq!(fs_err::metadata(&file).unwrap().modified().unwrap(), written, "nothing was fitted again");
+    fs_err::write(&file, b"short").unwrap();
+    assert_eq!(make(), first, "the same fit was made anew");
+}
