@@ -1,4 +1,5 @@
-//! `auto`: of all fitted methods and regularisers the one that knows the right expert best in rows it was not fitted to.
+//! `auto`: `softmax`, unless another fitted method or regulariser knows the right expert clearly better in rows it was not fitted to, as
+//! happens with little text.
 
 use super::{How, Method, centroid, lda, ridge, softmax};
 
@@ -6,7 +7,14 @@ use super::{How, Method, centroid, lda, ridge, softmax};
 pub const METHOD: Method = Method {
     name: "auto",
     aliases: &[],
-    about: "the best of `softmax`, `ridge`, `lda` and `centroid` in each layer, by text that was left out of the fit",
+    about: "`softmax`, or in each layer what does clearly better in text left out of the fit",
     all_experts: false,
-    how: How::Fitted(&[softmax::with(1e-3), softmax::with(1e-4), ridge::with(0.1), ridge::with(0.01), lda::with(0.1), centroid::CANDIDATE]),
+    how: How::Fitted(&[
+        softmax::with(1e-3),
+        softmax::with(1e-2),
+        softmax::with(1e-1),
+        ridge::with(0.1),
+        lda::with(0.1),
+        centroid::CANDIDATE,
+    ]),
 };
