@@ -12,6 +12,9 @@ use crate::{
     recipe::{Recipe, Shared},
 };
 
+/// Counts changes of how composites are fitted, so that what is kept is not taken for what would be fitted now.
+const VERSION: u32 = 1;
+
 /// What `shared: auto` means for these models: `Fit` where the gates are fitted and an expert's attention is not the base's, else `Base`.
 /// Three layers are looked at: a fine-tune that leaves those as they are leaves all.
 pub fn settle(recipe: &Recipe, sources: &Sources) -> Result<Shared, WeightsError> {

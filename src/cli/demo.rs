@@ -43,7 +43,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 
     let loaded = model::open(&args.out.to_string_lossy(), &options, &args.device)?;
     let engine = model::engine(&loaded, &args.device)?;
-    println!("Which expert takes which text (share of the choices, mean over layers):\n");
+    let most = 100 / composite.plan.top_k();
+    println!("Which expert takes which text (share of the choices, mean over layers; {most}% is every token's):\n");
     println!("{:<10}{}", "text", names.iter().map(|name| format!("{name:>9}")).collect::<String>());
     for (domain, text) in samples(&bundle)? {
         let tokens = engine.text().prompt(&text)?;
