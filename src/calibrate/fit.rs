@@ -73,8 +73,7 @@ pub fn fit(
 
 /// Of everything that decides what the sweep finds.
 fn key(recipe: &Recipe, plan: &Plan, sources: &Sources, corpus: &Corpus) -> String {
-    let mut parts =
-        vec![recipe.to_json().to_string(), format!("{:?} {:?}", plan.dtype, recipe.shared), env!("CARGO_PKG_VERSION").to_owned()];
+    let mut parts = vec![VERSION.to_string(), recipe.to_json().to_string(), format!("{:?} {:?}", plan.dtype, recipe.shared)];
     for source in &sources.all {
         parts.extend(source.stamps());
     }
