@@ -1,4 +1,5 @@
-//! Runs the base over the experts' prompts and asks `routers` for gates.
+//! What a composite needs besides its plan: gates from the experts' prompts in the base, as mergekit makes them (`prompts`, `states`), or gates,
+//! shared weights and repaired experts fitted to text (`text`, `sweep`, `fit`).
 //!
 //! What is gathered is only what the recipe's method needs: a model is made for states, embedding rows are read for `cheap_embed`, and
 //! nothing is touched for drawn gates. Dimensions: L layers, E experts, D hidden.

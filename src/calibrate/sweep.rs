@@ -1,4 +1,4 @@
-//! Gates, shared weights and repaired experts from text, in closed form, in one sweep over the layers.
+//! Gates, shared weights and repaired experts from text, by least squares and a convex fit of the gates, in one sweep over the layers.
 //!
 //! All experts walk through their texts in lock-step, twice: in their *own* model, which says what should come out, and in the *composite*,
 //! as far as it is fitted, which says what goes in. Layer by layer the sweep solves, in this order,
@@ -279,7 +279,7 @@ impl Sweep<'_> {
         }
         for (e, change) in changes.iter().enumerate() {
             let role = Role::Layer(l, LayerRole::Mlp(Projection::Down));
-            let repaired = (self.matrix(self.experts[e], role)? + change)?;
+            let repaired = (self.tensor(self.experts[e], role)? + change)?;
             self.put(store, Role::Layer(l, LayerRole::Expert(e, Projection::Down)), Some(&self.round(&repaired)?))?;
         }
         Ok(())
@@ -301,7 +301,7 @@ impl Sweep<'_> {
         for ((source, z), rows) in self.experts.iter().zip(own).zip(&texts.rows) {
             let weight = texts.weight.narrow(0, rows.start, rows.len())?;
             let gram = shrink(&z.broadcast_mul(&weight)?.t()?.matmul(z)?)?;
-            let product = self.matrix(source, role)?.matmul(&gram)?;
+            let product = self.tensor(source, role)?.matmul(&gram)?;
             numerator = Some(numerator.map_or(Ok(product.clone()), |sum| sum + product)?);
             denominator = Some(denominator.map_or(Ok(gram.clone()), |sum| sum + gram)?);
         }
@@ -315,13 +315,13 @@ impl Sweep<'_> {
     fn head(&self, texts: &Texts, own: &[Tensor], c: &Tensor) -> Result<View, CalibrateError> {
         let eps = self.base.config.norm_eps as f32;
         let norm = |source: &Source, x: &Tensor| {
-            let weight = self.vector(source, Role::FinalNorm)?;
+            let weight = self.tensor(source, Role::FinalNorm)?;
             Ok::<_, CalibrateError>(candle_nn::ops::rms_norm(&x.contiguous()?, &weight, eps)?)
         };
         let outputs = self.experts.iter().zip(own).map(|(e, x)| norm(e, x)).collect::<Result<Vec<_>, _>>()?;
         let shared = match self.averaged(Role::FinalNorm)? {
             Some(view) => view.to_tensor(DType::F32, self.device)?,
-            None => self.vector(self.base, Role::FinalNorm)?,
+            None => self.tensor(self.base, Role::FinalNorm)?,
         };
         let z = candle_nn::ops::rms_norm(&c.contiguous()?, &shared, eps)?;
         let start = self.weighted_mean(Role::Head, texts, &outputs)?;
@@ -330,7 +330,7 @@ impl Sweep<'_> {
         let mut b = start.matmul(&gram)?.neg()?; // [V, D]
         for ((source, own), rows) in self.experts.iter().zip(&outputs).zip(&texts.rows) {
             let cross = own.t()?.matmul(&weighted.narrow(0, rows.start, rows.len())?)?;
-            b = (b + self.matrix(source, Role::Head)?.matmul(&cross)?)?;
+            b = (b + self.tensor(source, Role::Head)?.matmul(&cross)?)?;
         }
         self.round(&(start + solve(&gram, SHARED_RIDGE, &b)?)?)
     }
@@ -389,17 +389,13 @@ impl Sweep<'_> {
         }
         let bias = match self.averaged(bias)? {
             Some(view) => view.to_tensor(DType::F32, self.device)?,
-            None => self.vector(self.base, bias)?,
+            None => self.tensor(self.base, bias)?,
         };
         Ok(targets.broadcast_sub(&bias)?)
     }
 
-    fn matrix(&self, source: &Source, role: Role) -> Result<Tensor, CalibrateError> {
+    fn tensor(&self, source: &Source, role: Role) -> Result<Tensor, CalibrateError> {
         Ok(view(source, role)?.to_tensor(DType::F32, self.device)?)
-    }
-
-    fn vector(&self, source: &Source, role: Role) -> Result<Tensor, CalibrateError> {
-        self.matrix(source, role)
     }
 
     /// Rounded to the output's type, so that what follows sees what is written.
