@@ -38,7 +38,7 @@ fn fitted(dir: &Path, recipe: &mut Recipe) -> Composite {
     let sources = Sources::open(recipe, |reference, _| source::open(reference, &OpenOptions::default())).unwrap();
     recipe.shared = calibrate::settle(recipe, &sources).unwrap();
     let plan = plan::plan(recipe, &sources, &[]).unwrap();
-    let options = text::TextOptions { window: 64, ..text::TextOptions::default() };
+    let options = text::TextOptions { short: 0, window: 64, ..text::TextOptions::default() };
     let none = |_: &source::Source| panic!("every expert has a text");
     let corpus = text::corpus(recipe, &sources, &options, &none, &|_| ()).unwrap();
     let store = calibrate::fit(recipe, &plan, &sources, &corpus, &Device::Cpu, &dir.join("cache"), &|_, _| ()).unwrap();
