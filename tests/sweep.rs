@@ -36,7 +36,7 @@ fn recipe(dir: &Path, keys: &str, experts: &[(&str, usize)]) -> Recipe {
 
 fn fitted(dir: &Path, recipe: &mut Recipe) -> Composite {
     let sources = Sources::open(recipe, |reference, _| source::open(reference, &OpenOptions::default())).unwrap();
-    recipe.shared = calibrate::settle(recipe, &sources).unwrap();
+    recipe.shared = calibrate::settle(recipe, &calibrate::drift(recipe, &sources).unwrap());
     let plan = plan::plan(recipe, &sources, &[]).unwrap();
     let options = text::TextOptions { short: 0, window: 64, ..text::TextOptions::default() };
     let none = |_: &source::Source| panic!("every expert has a text");

@@ -4,6 +4,7 @@
 //! What is gathered is only what the recipe's method needs: a model is made for states, embedding rows are read for `cheap_embed`, and
 //! nothing is touched for drawn gates. Dimensions: L layers, E experts, D hidden.
 
+mod drift;
 mod fit;
 mod prompts;
 mod solve;
@@ -24,7 +25,8 @@ use upcycle_routers::{
 
 use self::prompts::Tokenized;
 pub use self::{
-    fit::{fit, settle},
+    drift::{advice, drift, settle},
+    fit::fit,
     store::Store,
 };
 use crate::{

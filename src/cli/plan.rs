@@ -28,7 +28,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    let recipe = recipe::read(&args.recipe, &args.options)?;
+    let mut recipe = recipe::read(&args.recipe, &args.options)?;
     if args.recipe_only {
         if args.json {
             println!("{:#}", recipe.to_json());
@@ -38,7 +38,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         return Ok(());
     }
     let sources = recipe::open(&recipe)?;
-    let plan = recipe::plan(&recipe, &sources, &args.options)?;
+    let plan = recipe::plan(&mut recipe, &sources, &args.options)?;
     let memory = memory(&plan);
     if args.json {
         let sources: Vec<String> = sources.all.iter().map(|source| source.reference.to_string()).collect();

@@ -63,8 +63,16 @@ fn beside(reference: &ModelRef, directory: &Path) -> ModelRef {
     place
 }
 
-/// Plans; warnings go to stderr.
-pub(crate) fn plan(recipe: &Recipe, sources: &Sources, options: &Options) -> anyhow::Result<Plan> {
+/// Decides what the recipe leaves open, and plans; warnings go to stderr.
+pub(crate) fn plan(recipe: &mut Recipe, sources: &Sources, options: &Options) -> anyhow::Result<Plan> {
+    // What does not fit together at all is said first.
+    plan::plan(recipe, sources, &options.allow)?;
+    let drift = calibrate::drift(recipe, sources)?;
+    recipe.shared = calibrate::settle(recipe, &drift);
+    let names = calibrate::names(&recipe.experts.iter().collect::<Vec<_>>());
+    if let Some(advice) = calibrate::advice(recipe.shared, &drift, &names) {
+        ui::warn(&advice);
+    }
     let plan = plan::plan(recipe, sources, &options.allow)?;
     plan.warnings.iter().for_each(ui::warn);
     Ok(plan)
@@ -73,7 +81,6 @@ pub(crate) fn plan(recipe: &Recipe, sources: &Sources, options: &Options) -> any
 /// Recipe to composite: opens, plans, sets the gates, and fits what the recipe asks for. Nothing is written but the cache.
 pub(crate) fn composite(recipe: &mut Recipe, options: &Options, device: &DeviceArgs) -> anyhow::Result<Composite> {
     let sources = open(recipe)?;
-    recipe.shared = calibrate::settle(recipe, &sources)?;
     let plan = plan(recipe, &sources, options)?;
     let place = device.open()?;
     let decoder =
