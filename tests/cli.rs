@@ -163,7 +163,7 @@ fn checks_are_waived_by_name() {
     exit 2
     --- stderr
     error: invalid value 'same-modelexperts' for '--allow <NAME>'
-      [possible values: one-expert, identical-prompts, same-model-experts, first-experts, twin-prompts, twin-experts, same-endings, circular-negatives, keyword-prompts, uneven-prompts, empty-prompts, unused-prompts, rope-mismatch, eps-mismatch, vocabulary-mismatch, non-finite-weights]
+      [possible values: one-expert, identical-prompts, same-model-experts, first-experts, twin-prompts, twin-experts, same-endings, circular-negatives, keyword-prompts, uneven-prompts, empty-prompts, unused-prompts, rope-mismatch, eps-mismatch, vocabulary-mismatch, drift, non-finite-weights]
 
       tip: a similar value exists: 'same-model-experts'
 

@@ -27,7 +27,7 @@ use self::prompts::Tokenized;
 pub use self::{
     drift::{advice, drift, settle},
     fit::fit,
-    store::Store,
+    store::{Found, Store},
 };
 use crate::{
     engine::{template::TemplateError, tokenizer::TokenizerError},

@@ -30,7 +30,7 @@ pub(crate) struct Options {
 /// Reads and checks the recipe; warnings go to stderr.
 pub(crate) fn read(path: &Path, options: &Options) -> anyhow::Result<Recipe> {
     let (mut recipe, warnings) = recipe::read(path, &options.allow)?;
-    warnings.iter().for_each(ui::problem);
+    warnings.iter().for_each(ui::doubt);
     recipe.seed = options.random_seed.or(recipe.seed);
     Ok(recipe)
 }
@@ -70,8 +70,8 @@ pub(crate) fn plan(recipe: &mut Recipe, sources: &Sources, options: &Options) ->
     let drift = calibrate::drift(recipe, sources)?;
     recipe.shared = calibrate::settle(recipe, &drift);
     let names = calibrate::names(&recipe.experts.iter().collect::<Vec<_>>());
-    if let Some(advice) = calibrate::advice(recipe.shared, &drift, &names) {
-        ui::warn(&advice);
+    if let Some(advice) = calibrate::advice(recipe.shared, &drift, &names).filter(|_| !options.allow.iter().any(|name| name == "drift")) {
+        ui::warn(format!("{advice} (`--allow drift` if it is meant)"));
     }
     let plan = plan::plan(recipe, sources, &options.allow)?;
     plan.warnings.iter().for_each(ui::warn);
@@ -81,7 +81,7 @@ pub(crate) fn plan(recipe: &mut Recipe, sources: &Sources, options: &Options) ->
 /// Recipe to composite: opens, plans, sets the gates, and fits what the recipe asks for. Nothing is written but the cache.
 pub(crate) fn composite(recipe: &mut Recipe, options: &Options, device: &DeviceArgs) -> anyhow::Result<Composite> {
     let sources = open(recipe)?;
-    let plan = plan(recipe, &sources, options)?;
+    let mut plan = plan(recipe, &sources, options)?;
     let place = device.open()?;
     let decoder =
         |source: &Source| Decoder::load(source.family, &source.config, &*source.weights, device.dtype(&place, &source.config), &place);
@@ -101,8 +101,15 @@ pub(crate) fn composite(recipe: &mut Recipe, options: &Options, device: &DeviceA
         bar.set_message("fitting layer");
     })?;
     bar.finish_and_clear();
-    fitted.notes.iter().for_each(|note| tracing::debug!("{note}"));
-    let gates = Gates { routed: fitted.gates.clone(), shared: Vec::new() };
+    fitted.found.notes.iter().for_each(|note| tracing::debug!("{note}"));
+    let gates = Gates { routed: fitted.found.gates.clone(), shared: Vec::new() };
+    let top_k = fitted.found.top_k(recipe.experts_per_token);
+    if recipe.choose_experts_per_token && top_k < recipe.experts_per_token {
+        let right = 100.0 * fitted.found.right[0];
+        tracing::info!("{top_k} expert per token: {right:.1} % of tokens left out of the fit have the right one first");
+        recipe.experts_per_token = top_k;
+        plan = plan::plan(recipe, &sources, &options.allow)?;
+    }
     Ok(plan::composite(plan, sources, gates, Some(Arc::new(fitted))))
 }
 

@@ -14,6 +14,7 @@ pub(super) const LINTS: &[(&str, &str)] = &[
     ("rope-mismatch", "an expert was trained with other rotary embeddings than the base"),
     ("eps-mismatch", "an expert's norms have another epsilon than the base's"),
     ("vocabulary-mismatch", "an expert's tokenizer gives other ids to the same text"),
+    ("drift", "attention of an expert is far from what the composite uses"),
 ];
 
 /// One message for a list of problems.
