@@ -4,10 +4,7 @@ use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use candle_core::{DType, Device};
 use upcycle::{
-    engine::{
-        Engine, Options as EngineOptions, Text,
-        device::{self, DeviceChoice, DtypeChoice},
-    },
+    engine::device::{self, DeviceChoice, DtypeChoice},
     plan::Composite,
     source::{self, Sidecar},
 };
@@ -91,9 +88,4 @@ pub(crate) fn load_decoder(loaded: &Loaded, args: &DeviceArgs) -> anyhow::Result
     let device = args.open()?;
     let dtype = args.dtype(&device, &loaded.config);
     Ok(Decoder::load(loaded.family, &loaded.config, &*loaded.weights, dtype, &device)?)
-}
-
-/// The engine over an opened model.
-pub(crate) fn engine(loaded: &Loaded, args: &DeviceArgs) -> anyhow::Result<Engine> {
-    Ok(Engine::start(load_decoder(loaded, args)?, Text::open(&loaded.sidecars, &loaded.config)?, EngineOptions::default())?)
 }
