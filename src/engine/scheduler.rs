@@ -67,13 +67,7 @@ struct Sequence<C> {
 }
 
 /// Runs requests until the inbox is closed and all are finished. The tokens `ends` end a text; while `abort` is set, nothing runs.
-pub(super) fn run(
-    model: &impl LanguageModel,
-    ends: &BTreeSet<u32>,
-    options: &Options,
-    inbox: &mpsc::Receiver<Job>,
-    abort: &AtomicBool,
-) {
+pub(super) fn run(model: &impl LanguageModel, ends: &BTreeSet<u32>, options: &Options, inbox: &mpsc::Receiver<Job>, abort: &AtomicBool) {
     let mut waiting = VecDeque::new();
     let mut active: Vec<Sequence<_>> = Vec::new();
     loop {

@@ -139,7 +139,9 @@ impl Runtime {
     /// Why it cannot be written.
     pub fn reason(self) -> &'static str {
         match self {
-            Self::Sequence => "its experts are whole models, one of which answers a whole sequence, and files of Mixture-of-Experts models share all but the MLPs",
+            Self::Sequence => {
+                "its experts are whole models, one of which answers a whole sequence, and files of Mixture-of-Experts models share all but the MLPs"
+            }
         }
     }
 }
