@@ -153,6 +153,7 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<()> {
     write::check_directory(&args.out, &options)?;
     args.device.set_threads()?;
     let mut recipe = recipe::read(&args.recipe, &args.options)?;
+    write::check_recipe(&recipe)?;
     let composite = recipe::composite(&mut recipe, &args.options, &args.device)?;
     let written = write::write(&composite, &recipe, &args.out, &options, &ui::WriteProgress::new()).map_err(|error| match error {
         WriteError::Io(_) => anyhow!(error).context(format!("{} is unfinished; the same command goes on from there", args.out.display())),

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use anstream::println;
 use indicatif::HumanBytes;
 use serde_json::json;
-use upcycle::plan::Plan;
+use upcycle::{inspect, plan::Plan, recipe::Recipe};
+use upcycle_routers::init::Runtime;
 
 use super::recipe;
 
@@ -36,6 +37,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             println!("{} is a good recipe: {} experts, gate mode {}", args.recipe.display(), recipe.experts.len(), recipe.gate_mode.name);
         }
         return Ok(());
+    }
+    if recipe.gate_mode.runtime() == Some(Runtime::Sequence) {
+        return sequence(&recipe, args);
     }
     let sources = recipe::open(&recipe)?;
     let plan = recipe::plan(&mut recipe, &sources, &args.options)?;
@@ -72,6 +76,32 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             println!("{}  {:?}  {}", tensor.name, tensor.info.shape, parts.join(" + "));
         }
     }
+    Ok(())
+}
+
+/// Nothing would be written: what would be served, and from where.
+fn sequence(recipe: &Recipe, args: &Args) -> anyhow::Result<()> {
+    let (sources, plan) = recipe::sequence(recipe, &args.options)?;
+    let models: Vec<_> = sources
+        .experts(recipe)
+        .into_iter()
+        .map(|source| (source.reference.to_string(), inspect::summary(source.family, &source.config, &*source.weights)))
+        .collect();
+    if args.json {
+        let experts: Vec<_> = models
+            .iter()
+            .map(|(name, summary)| json!({"source": name, "parameters": summary.parameters, "bytes": summary.bytes.values().sum::<u64>()}))
+            .collect();
+        println!("{:#}", json!({"gate_mode": recipe.gate_mode.name, "bytes": 0, "experts": experts, "warnings": plan.warnings}));
+        return Ok(());
+    }
+    println!("output      none: {} is served from the experts' own files", args.recipe.display());
+    println!("experts     {}, one per sequence", models.len());
+    for (name, summary) in models {
+        let bytes = HumanBytes(summary.bytes.values().sum());
+        println!("            {name}: {:.2} B parameters, {bytes}", summary.parameters as f64 / 1e9);
+    }
+    println!("gates       {}: {}", recipe.gate_mode.name, recipe.gate_mode.about);
     Ok(())
 }
 

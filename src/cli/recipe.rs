@@ -2,6 +2,7 @@
 
 use std::{path::Path, sync::Arc};
 
+use anyhow::bail;
 use clap::builder::{PossibleValue, PossibleValuesParser};
 use upcycle::{
     calibrate::{self, text::TextOptions},
@@ -10,6 +11,7 @@ use upcycle::{
     source::{self, Source},
 };
 use upcycle_architectures::decoder::Decoder;
+use upcycle_routers::init::Runtime;
 
 use super::{model::DeviceArgs, ui};
 
@@ -80,6 +82,12 @@ pub(crate) fn plan(recipe: &mut Recipe, sources: &Sources, options: &Options) ->
 
 /// Recipe to composite: opens, plans, sets the gates, and fits what the recipe asks for. Nothing is written but the cache.
 pub(crate) fn composite(recipe: &mut Recipe, options: &Options, device: &DeviceArgs) -> anyhow::Result<Composite> {
+    if recipe.gate_mode.runtime() == Some(Runtime::Sequence) {
+        bail!(
+            "`gate_mode: sequence` makes no composite, since {}; `upcycle serve`, `chat`, `run`, `eval` and `inspect` take it",
+            Runtime::Sequence.reason()
+        );
+    }
     let sources = open(recipe)?;
     let mut plan = plan(recipe, &sources, options)?;
     let place = device.open()?;
@@ -111,6 +119,14 @@ pub(crate) fn composite(recipe: &mut Recipe, options: &Options, device: &DeviceA
         plan = plan::plan(recipe, &sources, &options.allow)?;
     }
     Ok(plan::composite(plan, sources, gates, Some(Arc::new(fitted))))
+}
+
+/// Opens and checks the models of a recipe whose experts answer whole sequences; warnings go to stderr.
+pub(crate) fn sequence(recipe: &Recipe, options: &Options) -> anyhow::Result<(Sources, plan::Sequence)> {
+    let sources = open(recipe)?;
+    let plan = plan::sequence(recipe, &sources, &options.allow)?;
+    plan.warnings.iter().for_each(ui::warn);
+    Ok((sources, plan))
 }
 
 /// One part of a tensor in words.

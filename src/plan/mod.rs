@@ -5,6 +5,7 @@
 
 mod check;
 mod composite;
+mod sequence;
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -16,6 +17,7 @@ use upcycle_architectures::{
 use upcycle_routers::{gate::Gate, init::DEFAULT_SEED};
 
 pub use composite::Composite;
+pub use sequence::{Sequence, sequence};
 
 use crate::{
     recipe::{Expert, Layout, ModelRef, Recipe, Shared},
@@ -220,12 +222,7 @@ pub fn plan(recipe: &Recipe, sources: &Sources, allow: &[String]) -> Result<Plan
     let base = sources.base();
     let mut warnings = Vec::new();
     let problems = check::problems(recipe, sources, &mut warnings);
-    let (waived, fatal): (Vec<_>, Vec<_>) =
-        problems.into_iter().partition(|problem| problem.lint.is_some_and(|lint| allow.iter().any(|name| name == lint)));
-    if !fatal.is_empty() {
-        return Err(PlanError::Problems(fatal));
-    }
-    warnings.extend(waived.into_iter().map(|problem| problem.message));
+    check::waive(problems, allow, &mut warnings)?;
     let target = choose(recipe, sources)?;
 
     let dtype = recipe.dtype.or(base.config.dtype).unwrap_or(Dtype::Bf16);

@@ -64,6 +64,16 @@ impl Progress for Silent {}
 /// Why nothing, or not everything, was written. What was finished stays; nothing unfinished has a final name.
 #[derive(Debug, thiserror::Error)]
 pub enum WriteError {
+    /// There is no file format for that.
+    #[error("`gate_mode: {method}` cannot be written: {reason}; serve the recipe itself (`upcycle serve {}`), or set `gate_mode: auto` for a composite that every engine loads", recipe.display())]
+    Runtime {
+        /// the gate mode
+        method: &'static str,
+        /// why
+        reason: &'static str,
+        /// the recipe
+        recipe: PathBuf,
+    },
     /// The directory holds something else.
     #[error("{} is not empty; give another directory, or `--overwrite`", .0.display())]
     Occupied(PathBuf),
@@ -118,6 +128,14 @@ pub struct Written {
     pub found: u64,
 }
 
+/// Whether a checkpoint can hold what the recipe asks for.
+pub fn check_recipe(recipe: &Recipe) -> Result<(), WriteError> {
+    match recipe.gate_mode.runtime() {
+        None => Ok(()),
+        Some(runtime) => Err(WriteError::Runtime { method: recipe.gate_mode.name, reason: runtime.reason(), recipe: recipe.file.clone() }),
+    }
+}
+
 /// Is in a directory from the first byte written to the last.
 pub(crate) const UNFINISHED: &str = ".upcycle-unfinished";
 
@@ -129,6 +147,7 @@ pub fn write(
     options: &Options,
     progress: &dyn Progress,
 ) -> Result<Written, WriteError> {
+    check_recipe(recipe)?;
     let shards = shard::layout(&composite.plan.tensors, options.shard_size);
     let digest = digest(composite, options);
     let state = claim(out, &digest, options.overwrite, progress)?;
