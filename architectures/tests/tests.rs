@@ -13,4 +13,5 @@ mod support;
 
 mod configs;
 mod goldens;
+mod gradients;
 mod identities;

@@ -18,6 +18,7 @@ mod run;
 #[cfg(feature = "serve")]
 mod serve;
 mod texts;
+mod tune;
 mod ui;
 
 use std::process::ExitCode;
@@ -57,6 +58,8 @@ enum Command {
     Eval(eval::Args),
     /// Show what a model is made of and where its tokens go
     Inspect(inspect::Args),
+    /// Train the gates of a composite, or its attention too, on text of each expert's kind
+    Tune(tune::Args),
     /// Devices, features, disk and memory
     Doctor(doctor::Args),
     /// Shell completions
@@ -77,6 +80,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Run(args) => run::run(args),
         Command::Eval(args) => eval::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Tune(args) => tune::run(&args),
         Command::Doctor(args) => doctor::run(args),
         Command::Completions(args) => {
             completions::run(&args);

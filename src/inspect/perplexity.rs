@@ -41,7 +41,7 @@ pub struct Window {
 
 impl Window {
     /// Positions whose next token is scored.
-    fn scored(&self) -> Range<usize> {
+    pub(crate) fn scored(&self) -> Range<usize> {
         self.prefix..self.tokens.len().saturating_sub(1)
     }
 }

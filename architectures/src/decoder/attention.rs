@@ -4,12 +4,12 @@
 
 use candle_core::{D, DType, Device, Result, Tensor};
 
-use super::{Step, matrix::Linear, norm::Norm, rope::Table};
+use super::{Step, matrix::Linear, norm::Norm, rope::Table, train};
 
 /// Queries that attend at a time: bounds the scores to H * QUERIES * S, and a block sees no keys behind its last query.
 const QUERIES: usize = 256;
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Attention {
     pub q: Linear,
     pub k: Linear,
@@ -74,7 +74,8 @@ impl Attention {
                 let mask = self.mask(position, t, low, q.device())?; // [T, S]
                 scores.reshape((kv, group, t, seen))?.broadcast_add(&mask)?.reshape((kv, group * t, seen))?
             };
-            let weights = candle_nn::ops::softmax_last_dim(&scores)?.to_dtype(q.dtype())?;
+            let weights = if scores.track_op() { train::softmax(&scores) } else { candle_nn::ops::softmax_last_dim(&scores) };
+            let weights = weights?.to_dtype(q.dtype())?;
             let mixed = weights.matmul(&values.narrow(1, low, seen)?)?; // [KV, G T, hd]
             blocks.push(mixed.reshape((self.heads, t, hd))?.transpose(0, 1)?); // [T, H, hd]
         }

@@ -47,9 +47,19 @@ pub(super) struct LayerCache(Option<(Tensor, Tensor)>);
 
 impl LayerCache {
     /// Writes keys and values [KV, T, hd] at positions `at..at + T`. Returns both from position 0 on, [KV, at + T, hd].
+    ///
+    /// What gradients flow through is put behind the tokens before it, and not written.
     pub fn write(&mut self, at: usize, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let (heads, tokens, head_dim) = k.dims3()?;
         let len = at + tokens;
+        if k.track_op() || v.track_op() {
+            let behind = |held: Option<&Tensor>, new: &Tensor| match held {
+                Some(held) if at > 0 => Tensor::cat(&[&held.narrow(1, 0, at)?, new], 1),
+                _ => new.contiguous(),
+            };
+            let held = self.0.as_ref();
+            return Ok((behind(held.map(|held| &held.0), k)?, behind(held.map(|held| &held.1), v)?));
+        }
         let room = self.0.as_ref().map_or(Ok(0), |(k, _)| k.dim(1))?;
         let (keys, values) = match self.0.take() {
             Some(both) if len <= room => both,

@@ -152,7 +152,7 @@ impl Reader<'_> {
             Some(bias) => Some(self.view(bias, &shape[..1])?.to_tensor(placement.activations, &placement.device)?),
             None => None,
         };
-        Ok(Linear { weight: self.matrix(weight, shape)?, bias })
+        Ok(Linear { weight: self.matrix(weight, shape)?, bias, low_rank: None })
     }
 
     pub fn matrix(&mut self, role: Role, shape: [usize; 2]) -> Result<Matrix, DecoderError> {

@@ -11,6 +11,7 @@ use candle_core::{D, DType, Device, Result, Tensor};
 use half::{f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 
+use super::train;
 use crate::weights::{Dtype, View, WeightsError};
 
 /// Up to this many rows are multiplied without gemm: decoding is bound by reading the weights, which this does once for all rows.
@@ -55,8 +56,17 @@ impl Matrix {
     pub fn times(&self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Held(weight) => x.matmul(&weight.t()?),
+            Self::Mapped(weight) if x.track_op() => train::times(weight, x),
             Self::Mapped(weight) if x.dim(0)? <= FEW_ROWS => weight.few_rows(x),
             Self::Mapped(weight) => weight.many_rows(x),
+        }
+    }
+
+    /// [out, in]
+    pub fn shape(&self) -> [usize; 2] {
+        match self {
+            Self::Held(weight) => [weight.dims()[0], weight.dims()[1]],
+            Self::Mapped(weight) => weight.shape(),
         }
     }
 
@@ -110,6 +120,11 @@ impl Mapped {
         let view = view.cast(target)?;
         let inner = view.info.shape.last().copied().unwrap_or(1);
         Ok(Self { element, rows: view.info.elements() / inner, inner, data: view.data })
+    }
+
+    /// [out, in]
+    pub fn shape(&self) -> [usize; 2] {
+        [self.rows, self.inner]
     }
 
     fn size(&self) -> usize {
@@ -167,7 +182,8 @@ impl Mapped {
         Tensor::cat(&blocks.collect::<Result<Vec<_>>>()?, D::Minus1)
     }
 
-    fn widen_rows(&self, rows: Range<usize>) -> Vec<f32> {
+    /// A block of rows in f32, row-major.
+    pub fn widen_rows(&self, rows: Range<usize>) -> Vec<f32> {
         let mut wide = vec![0f32; rows.len() * self.inner];
         wide.par_chunks_mut(self.inner).with_min_len((TASK / self.inner).max(1)).zip(rows).for_each(|(out, row)| self.widen_row(row, out));
         wide
@@ -217,12 +233,18 @@ pub(super) struct Linear {
     pub weight: Matrix,
     /// `[out]`
     pub bias: Option<Tensor>,
+    /// a change being trained: [r, in] and [out, r], f32
+    pub low_rank: Option<(Tensor, Tensor)>,
 }
 
 impl Linear {
     /// x [N, in] -> [N, out]
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = self.weight.times(x)?;
+        let mut y = self.weight.times(x)?;
+        if let Some((down, up)) = &self.low_rank {
+            let change = x.to_dtype(DType::F32)?.matmul(&down.t()?)?.matmul(&up.t()?)?;
+            y = (y + change.to_dtype(x.dtype())?)?;
+        }
         match &self.bias {
             Some(bias) => y.broadcast_add(bias),
             None => Ok(y),

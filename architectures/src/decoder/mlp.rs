@@ -5,7 +5,7 @@ use candle_core::{Result, Tensor};
 use super::matrix::Linear;
 use crate::config::Activation;
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Mlp {
     /// in the order of [`crate::Projection`]: [F, D], [F, D], [D, F]
     pub projections: [Linear; 3],

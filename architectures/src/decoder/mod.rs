@@ -17,6 +17,7 @@ mod mlp;
 mod moe;
 mod norm;
 mod rope;
+mod train;
 
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
@@ -35,6 +36,7 @@ pub use self::{
     block::{Block, Sequences},
     cache::Cache,
     ensemble::{Ensemble, EnsembleCache},
+    train::Substitute,
 };
 use crate::{
     config::Config,
@@ -207,10 +209,16 @@ pub enum DecoderError {
         /// E
         experts: usize,
     },
+    /// a substitute of the wrong shape or for a weight that takes none
+    #[error("nothing of this kind and shape can stand in for {role:?}")]
+    Substitute {
+        /// the weight
+        role: Role,
+    },
 }
 
-/// A loaded model.
-#[derive(Debug)]
+/// A loaded model. A clone shares its weights.
+#[derive(Debug, Clone)]
 pub struct Decoder {
     config: Config,
     device: Device,
@@ -220,7 +228,7 @@ pub struct Decoder {
     head: Matrix,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Layer {
     input_norm: Norm,
     attention: Attention,
@@ -228,7 +236,7 @@ struct Layer {
     mlp: LayerMlp,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum LayerMlp {
     Dense(Mlp),
     Sparse(Sparse),
@@ -331,6 +339,7 @@ impl Decoder {
             }
         }
 
+        remembered &= !x.track_op();
         let wanted = wanted_rows(steps);
         if probe.wants(Site::FinalNorm) {
             probe.observe(Site::FinalNorm, self.layers.len(), &self.final_norm.forward(&x)?)?;

@@ -6,9 +6,9 @@
 use candle_core::{D, DType, Result, Tensor};
 use upcycle_routers::route::{Routing, Rule, route};
 
-use super::{DecoderError, Probe, matrix::Matrix, mlp::Mlp};
+use super::{DecoderError, Probe, matrix::Matrix, mlp::Mlp, train};
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Sparse {
     /// [E, D], in f32 on every device
     pub router: Matrix,
@@ -22,11 +22,18 @@ impl Sparse {
     /// x [N, D] -> [N, D]
     pub fn forward(&self, x: &Tensor, layer: usize, probe: &mut dyn Probe) -> std::result::Result<Tensor, DecoderError> {
         let wide = x.to_dtype(DType::F32)?;
-        let logits = self.router.times(&wide)?.flatten_all()?.to_vec1::<f32>()?; // [N, E]
+        let scores = self.router.times(&wide)?; // [N, E]
+        let logits = scores.flatten_all()?.to_vec1::<f32>()?;
         let mut routing = route(&logits, self.experts.len(), self.rule);
+        let own = scores.track_op().then(|| routing.clone());
         probe.route(layer, &logits, &mut routing);
         self.check(&routing, x.dim(0)?, layer)?;
-        let mut y = self.mix(x, &routing)?;
+        // What a probe has decided does not depend on the gate.
+        let weights = match own {
+            Some(own) if own == routing => train::routing_weights(&scores, &routing, self.rule)?,
+            _ => Tensor::new(routing.weights.as_slice(), x.device())?.reshape((x.dim(0)?, routing.top_k))?,
+        };
+        let mut y = self.mix(x, &routing, &weights)?;
         if let Some((expert, gate)) = &self.shared {
             let gate = candle_nn::ops::sigmoid(&gate.times(&wide)?)?.to_dtype(x.dtype())?; // [N, 1]
             y = (y + expert.forward(x)?.broadcast_mul(&gate)?)?;
@@ -47,8 +54,8 @@ impl Sparse {
         Err(DecoderError::Routing { layer, tokens, experts })
     }
 
-    /// The chosen experts' outputs, weighted and summed: [N, D] -> [N, D]
-    fn mix(&self, x: &Tensor, routing: &Routing) -> Result<Tensor> {
+    /// The chosen experts' outputs, weighted with [N, K] and summed: [N, D] -> [N, D]
+    fn mix(&self, x: &Tensor, routing: &Routing, weights: &Tensor) -> Result<Tensor> {
         let (n, d) = x.dims2()?;
         let k = routing.top_k;
         // Choice i is of token i / K. `order` lists the choices expert by expert, `place` says where a choice stands in that list.
@@ -67,7 +74,6 @@ impl Sparse {
             start += same.len();
         }
         let outputs = Tensor::cat(&outputs, 0)?.index_select(&Tensor::new(place, x.device())?, 0)?; // [N K, D]
-        let weights = Tensor::new(routing.weights.as_slice(), x.device())?.reshape((n, k, 1))?;
-        outputs.to_dtype(DType::F32)?.reshape((n, k, d))?.broadcast_mul(&weights)?.sum(D::Minus2)?.to_dtype(x.dtype())
+        outputs.to_dtype(DType::F32)?.reshape((n, k, d))?.broadcast_mul(&weights.unsqueeze(2)?)?.sum(D::Minus2)?.to_dtype(x.dtype())
     }
 }

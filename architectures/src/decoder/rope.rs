@@ -42,9 +42,20 @@ impl Table {
     pub fn rotate(&self, x: &Tensor) -> Result<Tensor> {
         let (rotated, head_dim) = (2 * self.cos.dim(1)?, x.dim(2)?);
         let x = x.to_dtype(DType::F32)?.unsqueeze(0)?;
-        let turned = candle_nn::rotary_emb::rope_thd(&x.narrow(3, 0, rotated)?.contiguous()?, &self.cos, &self.sin)?;
+        let turning = x.narrow(3, 0, rotated)?.contiguous()?;
+        let turned = if x.track_op() { self.turn(&turning)? } else { candle_nn::rotary_emb::rope_thd(&turning, &self.cos, &self.sin)? };
         let whole = if rotated == head_dim { turned } else { Tensor::cat(&[turned, x.narrow(3, rotated, head_dim - rotated)?], 3)? };
         whole.squeeze(0)
+    }
+
+    /// What `rope_thd` does, in steps that have gradients: x [1, N, heads, R].
+    fn turn(&self, x: &Tensor) -> Result<Tensor> {
+        let half = self.cos.dim(1)?;
+        let (cos, sin) = (self.cos.unsqueeze(1)?, self.sin.unsqueeze(1)?); // [N, 1, R / 2]
+        let (a, b) = (x.narrow(3, 0, half)?, x.narrow(3, half, half)?);
+        let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
+        let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
+        Tensor::cat(&[first, second], 3)
     }
 }
 
