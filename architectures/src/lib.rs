@@ -1,12 +1,13 @@
 //! What a model family is, on disk and in motion.
 //!
 //! Configs and tensor names ([`family`], [`families`]), how a dense family becomes a sparse one ([`upcycle`]), and the one forward pass
-//! ([`decoder`]). This crate does no file, network or terminal I/O: weights come in through the [`Weights`] trait.
+//! ([`decoder`]) with its CPU kernels ([`kernels`]). This crate does no file, network or terminal I/O: weights come in through the [`Weights`] trait.
 
 pub mod config;
 pub mod decoder;
 pub mod families;
 pub mod family;
+pub mod kernels;
 pub mod upcycle;
 pub mod weights;
 

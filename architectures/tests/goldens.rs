@@ -5,6 +5,7 @@ use candle_core::{DType, Device, Tensor};
 use upcycle_architectures::{
     decoder::{Decoder, Logits, NoProbe, Probe, Site, Step},
     detect,
+    kernels::Kernels,
 };
 
 #[test]
@@ -38,6 +39,39 @@ fn in_chunks() {
         let decoder = case.decoder(DType::F32);
         let long = in_pieces(&decoder, &case.golden.tokens("long.input_ids"), &[7, 64, 1, 3, 100]);
         assert_close(&case.name, &case.long_rows(&long), &case.golden.values("long.logits"));
+    }
+}
+
+/// With every kind of instructions that this CPU has; the other tests run with the best.
+#[test]
+fn every_kernel() {
+    for kernels in Kernels::available() {
+        for case in Case::all() {
+            let decoder = Decoder::load_with(case.family, &case.config, &case.weights, DType::F32, kernels).unwrap();
+            let what = format!("{} {kernels:?}", case.name);
+            let long = logits(&decoder, &case.golden.tokens("long.input_ids"));
+            assert_close(&what, &case.long_rows(&long), &case.golden.values("long.logits"));
+            let short = in_pieces(&decoder, &case.golden.tokens("short.input_ids"), &[3, 1]);
+            assert_close(&what, &short[short.len() - case.config.vocab..], &case.golden.values("decode.short_last"));
+        }
+    }
+}
+
+/// Not only close: neither chunks nor neighbours change a bit.
+#[test]
+fn batching_changes_no_bit() {
+    for case in Case::all().iter().filter(|case| !case.rope_follows_length()) {
+        for kernels in Kernels::available() {
+            let decoder = Decoder::load_with(case.family, &case.config, &case.weights, DType::F32, kernels).unwrap();
+            let (short, long) = (case.golden.tokens("short.input_ids"), case.golden.tokens("long.input_ids"));
+            let alone = logits(&decoder, &long);
+            assert!(alone == in_pieces(&decoder, &long, &[7, 64, 1, 3, 100]), "{} {kernels:?}: chunks", case.name);
+            let mut caches = [decoder.cache(), decoder.cache()];
+            let mut steps: Vec<_> =
+                caches.iter_mut().zip([&short, &long]).map(|(cache, tokens)| Step { tokens, cache, logits: Logits::All }).collect();
+            let together = values(&decoder.forward(&mut steps, &mut NoProbe).unwrap());
+            assert!(alone == together[short.len() * case.config.vocab..], "{} {kernels:?}: neighbours", case.name);
+        }
     }
 }
 

@@ -4,10 +4,24 @@
 
 use candle_core::{D, DType, Device, Result, Tensor};
 
-use super::{Step, matrix::Linear, norm::Norm, rope::Table, train};
+use super::{
+    Step,
+    matrix::{Linear, Values},
+    norm::Norm,
+    rope::Table,
+    train,
+};
+use crate::kernels::{
+    attention::{Heads, Sequence, attend},
+    parallel_pieces,
+    product::{self, Job, Operation, Rows},
+};
 
 /// Queries that attend at a time: bounds the scores to H * QUERIES * S, and a block sees no keys behind its last query.
 const QUERIES: usize = 256;
+
+/// Tokens that are normed and rotated in one task.
+const TOKENS: usize = 16;
 
 #[derive(Debug, Clone)]
 pub(super) struct Attention {
@@ -26,6 +40,11 @@ pub(super) struct Attention {
 impl Attention {
     /// x [N, D], the rows of `steps` end to end -> what the output projection sees [N, H hd]. Writes the new keys and values of `layer`.
     pub fn forward(&self, x: &Tensor, rope: &Table, layer: usize, steps: &mut [Step<'_>]) -> Result<Tensor> {
+        if !x.track_op()
+            && let Some(mixed) = self.forward_direct(x, rope, layer, steps)?
+        {
+            return Ok(mixed);
+        }
         let (n, _) = x.dims2()?;
         let (q_norm, k_norm) = self.qk_norm.as_ref().map(|(q, k)| (q, k)).unzip();
         let rotated = |linear: &Linear, norm: Option<&Norm>, heads| {
@@ -47,6 +66,67 @@ impl Attention {
             start += tokens;
         }
         Tensor::cat(&outputs, 0)
+    }
+
+    /// As [`Attention::forward`], with the CPU's kernels; `None` where candle computes.
+    fn forward_direct(&self, x: &Tensor, rope: &Table, layer: usize, steps: &mut [Step<'_>]) -> Result<Option<Tensor>> {
+        let (Some(q), Some(k), Some(v)) = (self.q.direct()?, self.k.direct()?, self.v.direct()?) else { return Ok(None) };
+        let Self { heads, kv_heads, head_dim, .. } = *self;
+        let norms = match &self.qk_norm {
+            Some((q, k)) if q.weight.track_op() || k.weight.track_op() => return Ok(None),
+            Some((q, k)) => [Some((q.weight.to_vec1::<f32>()?, q.eps)), Some((k.weight.to_vec1()?, k.eps))],
+            None => [None, None],
+        };
+        let n = x.dim(0)?;
+        let x = x.contiguous()?;
+        let x = Values::of(&x)?;
+        let mut rows = [heads, kv_heads, kv_heads].map(|heads| vec![0f32; n * heads * head_dim]);
+        let mut jobs = Vec::with_capacity(3);
+        for (linear, y) in [&q, &k, &v].into_iter().zip(&mut rows) {
+            let (weights, bias) = linear.operand();
+            jobs.push(Job { operation: Operation::Linear(weights, bias), x: x.slice()?, rows: Rows::All, y });
+        }
+        product::run(q.kernels, jobs);
+
+        let ([cos, sin], half) = rope.values()?;
+        let (cos, sin) = (cos.slice()?, sin.slice()?);
+        let scales = [(head_dim as f32).powf(-0.5), 1.0];
+        for (((rows, heads), norm), scale) in rows.iter_mut().zip([heads, kv_heads]).zip(&norms).zip(scales) {
+            parallel_pieces(rows, TOKENS * heads * head_dim, |piece, rows| {
+                for (token, row) in (piece * TOKENS..).zip(rows.chunks_exact_mut(heads * head_dim)) {
+                    let angles = token * half..(token + 1) * half;
+                    for head in row.chunks_exact_mut(head_dim) {
+                        if let Some((weight, eps)) = norm {
+                            normalise(head, weight, *eps);
+                        }
+                        rotate(head, &cos[angles.clone()], &sin[angles.clone()]);
+                        head.iter_mut().for_each(|x| *x *= scale);
+                    }
+                }
+            });
+        }
+
+        let [q_rows, k_rows, v_rows] = rows;
+        let row = kv_heads * head_dim;
+        let mut start = 0;
+        let mut held = Vec::with_capacity(steps.len());
+        for step in steps.iter_mut().filter(|step| !step.tokens.is_empty()) {
+            let (tokens, first) = (step.tokens.len(), step.cache.len());
+            let own = start * row..(start + tokens) * row;
+            let cache = &mut step.cache.layers[layer];
+            cache.write_rows(first, &k_rows[own.clone()], &v_rows[own], [kv_heads, head_dim])?;
+            if let Some((keys, values)) = cache.held() {
+                held.push((tokens, first, keys.dim(1)?, Values::of(keys)?, Values::of(values)?));
+            }
+            start += tokens;
+        }
+        let mut sequences = Vec::with_capacity(held.len());
+        for (tokens, first, room, keys, values) in &held {
+            sequences.push(Sequence { tokens: *tokens, first: *first, keys: keys.slice()?, values: values.slice()?, room: *room });
+        }
+        let mut mixed = vec![0f32; q_rows.len()];
+        attend(q.kernels, Heads { heads, kv_heads, head_dim, window: self.window }, &q_rows, &sequences, &mut mixed);
+        Ok(Some(Tensor::from_vec(mixed, (n, heads * head_dim), &Device::Cpu)?))
     }
 
     /// What tokens that attend to nothing get, for x [N, D]: zeros [N, H hd].
@@ -89,5 +169,20 @@ impl Attention {
         let value = |query, key| if sees(query, key) { 0.0 } else { f32::NEG_INFINITY };
         let mask: Vec<f32> = (position..position + t).flat_map(|query| (low..low + seen).map(move |key| value(query, key))).collect();
         Tensor::from_vec(mask, (t, seen), device)
+    }
+}
+
+/// x / rms(x) * weight
+fn normalise(x: &mut [f32], weight: &[f32], eps: f64) {
+    let squares: f32 = x.iter().map(|x| x * x).sum();
+    let scale = 1.0 / (squares / x.len() as f32 + eps as f32).sqrt();
+    x.iter_mut().zip(weight).for_each(|(x, weight)| *x *= scale * weight);
+}
+
+/// Dimension i turns with dimension i + R / 2, for R / 2 angles; the rest of the head stays.
+fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let (first, rest) = head.split_at_mut(cos.len());
+    for (((a, b), cos), sin) in first.iter_mut().zip(rest).zip(cos).zip(sin) {
+        (*a, *b) = (*a * cos - *b * sin, *a * sin + *b * cos);
     }
 }

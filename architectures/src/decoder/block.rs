@@ -9,6 +9,7 @@ use super::{Cache, DecoderError, Layer, LayerMlp, Logits, Step, load::Model, mat
 use crate::{
     config::Config,
     family::{AttentionPart, Family},
+    kernels::Kernels,
     weights::Weights,
 };
 
@@ -46,7 +47,8 @@ impl Block {
         layer: usize,
         device: &Device,
     ) -> std::result::Result<Self, DecoderError> {
-        let placement = Placement { device: device.clone(), weights: DType::F32, activations: DType::F32, mapped: device.is_cpu() };
+        let placement =
+            Placement { device: device.clone(), weights: DType::F32, activations: DType::F32, mapped: device.is_cpu().then(Kernels::best) };
         let model = Model { family, config, weights, placement: &placement };
         Ok(Self { layer: model.reader().layer(layer)? })
     }

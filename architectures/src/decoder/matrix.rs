@@ -1,27 +1,28 @@
 //! Weight matrices [out, in] and the linear layers made of them.
 //!
 //! On a device a matrix is a candle tensor. On the CPU it stays the bytes that the checkpoint holds, usually a memory map: candle would
-//! copy them, and its bf16 matmul widens the whole matrix to f32 on every call. Here a few rows are multiplied straight from the bytes,
-//! and many rows through blocks of the matrix widened to f32 and candle's gemm. Both accumulate in f32.
+//! copy them, and its bf16 matmul widens the whole matrix to f32 on every call. Our own kernels multiply it where it lies, in f32.
 
-use std::ops::Range;
+use std::ops::{Deref, Range};
 
 use bytes::Bytes;
-use candle_core::{D, DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Storage, Tensor};
 use half::{f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 
 use super::train;
-use crate::weights::{Dtype, View, WeightsError};
+use crate::{
+    kernels::{
+        Kernels,
+        product::{self, Element, Job, Operation, Rows, Weights},
+    },
+    weights::{Dtype, View, WeightsError},
+};
 
-/// Up to this many rows are multiplied without gemm: decoding is bound by reading the weights, which this does once for all rows.
-const FEW_ROWS: usize = 8;
 /// Elements that are widened at a time, on the stack.
 const CHUNK: usize = 1024;
 /// Elements of the matrix that are one task of a parallel loop.
 const TASK: usize = 1 << 16;
-/// Elements of the matrix that are widened at a time for gemm (4 MiB).
-const BLOCK: usize = 1 << 20;
 
 /// Where weights go and in what types.
 #[derive(Debug, Clone)]
@@ -31,8 +32,8 @@ pub(super) struct Placement {
     pub weights: DType,
     /// Type of activations, keys and values.
     pub activations: DType,
-    /// Whether matrices stay the bytes that they were read as.
-    pub mapped: bool,
+    /// Where matrices stay the bytes that they were read as: the CPU's kernels that multiply them.
+    pub mapped: Option<Kernels>,
 }
 
 /// A weight matrix [out, in].
@@ -45,10 +46,9 @@ pub(super) enum Matrix {
 impl Matrix {
     /// `view` is two-dimensional and has as many bytes as its shape says.
     pub fn new(view: &View, placement: &Placement) -> std::result::Result<Self, crate::decoder::DecoderError> {
-        if placement.mapped {
-            Ok(Self::Mapped(Mapped::new(view, placement.weights)?))
-        } else {
-            Ok(Self::Held(view.to_tensor(placement.weights, &placement.device)?))
+        match placement.mapped {
+            Some(kernels) => Ok(Self::Mapped(Mapped::new(view, placement.weights, kernels)?)),
+            None => Ok(Self::Held(view.to_tensor(placement.weights, &placement.device)?)),
         }
     }
 
@@ -57,8 +57,7 @@ impl Matrix {
         match self {
             Self::Held(weight) => x.matmul(&weight.t()?),
             Self::Mapped(weight) if x.track_op() => train::times(weight, x),
-            Self::Mapped(weight) if x.dim(0)? <= FEW_ROWS => weight.few_rows(x),
-            Self::Mapped(weight) => weight.many_rows(x),
+            Self::Mapped(weight) => weight.times(x),
         }
     }
 
@@ -94,16 +93,10 @@ impl std::fmt::Debug for Matrix {
     }
 }
 
-#[derive(Debug, Clone, Copy)]
-enum Element {
-    F32,
-    Bf16,
-    F16,
-}
-
 /// The bytes of a matrix, row-major, little endian, at any alignment.
 #[derive(Clone)]
 pub(super) struct Mapped {
+    pub kernels: Kernels,
     element: Element,
     rows: usize,
     inner: usize,
@@ -111,7 +104,7 @@ pub(super) struct Mapped {
 }
 
 impl Mapped {
-    fn new(view: &View, dtype: DType) -> std::result::Result<Self, WeightsError> {
+    fn new(view: &View, dtype: DType, kernels: Kernels) -> std::result::Result<Self, WeightsError> {
         let (target, element) = match (dtype, view.info.dtype) {
             (DType::BF16, _) | (DType::F32, Dtype::Bf16) => (Dtype::Bf16, Element::Bf16),
             (DType::F16, _) | (DType::F32, Dtype::F16) => (Dtype::F16, Element::F16),
@@ -119,7 +112,7 @@ impl Mapped {
         };
         let view = view.cast(target)?;
         let inner = view.info.shape.last().copied().unwrap_or(1);
-        Ok(Self { element, rows: view.info.elements() / inner, inner, data: view.data })
+        Ok(Self { kernels, element, rows: view.info.elements() / inner, inner, data: view.data })
     }
 
     /// [out, in]
@@ -127,59 +120,31 @@ impl Mapped {
         [self.rows, self.inner]
     }
 
-    fn size(&self) -> usize {
-        match self.element {
-            Element::F32 => 4,
-            Element::Bf16 | Element::F16 => 2,
-        }
+    /// As the kernels take it.
+    pub fn weights(&self) -> Result<Weights<'_>> {
+        let weights = Weights::new(&self.data, self.element, self.rows, self.inner);
+        weights.ok_or_else(|| candle_core::Error::Msg(format!("{} bytes are no matrix {:?}", self.data.len(), self.shape())))
     }
 
     fn row(&self, row: usize) -> &[u8] {
-        let bytes = self.inner * self.size();
+        let bytes = self.inner * self.element.size();
         &self.data[row * bytes..(row + 1) * bytes]
     }
 
     fn widen_row(&self, row: usize, out: &mut [f32]) {
-        for (bytes, out) in self.row(row).chunks(CHUNK * self.size()).zip(out.chunks_mut(CHUNK)) {
+        for (bytes, out) in self.row(row).chunks(CHUNK * self.element.size()).zip(out.chunks_mut(CHUNK)) {
             widen(self.element, bytes, out);
         }
     }
 
-    /// Each weight is read once; a row of x gives the same sums whatever rows stand beside it.
-    fn few_rows(&self, x: &Tensor) -> Result<Tensor> {
+    /// x [N, in] -> [N, out]
+    fn times(&self, x: &Tensor) -> Result<Tensor> {
         let n = x.dim(0)?;
-        let x = x.flatten_all()?.to_vec1::<f32>()?;
-        // [out, N]
-        let mut y = vec![0f32; self.rows * n];
-        let rows_per_task = (TASK / self.inner).max(1);
-        let task = |(task, y): (usize, &mut [f32])| {
-            let mut buffer = [0f32; CHUNK];
-            for (row, y) in (task * rows_per_task..).zip(y.chunks_exact_mut(n)) {
-                for (start, bytes) in (0..).step_by(CHUNK).zip(self.row(row).chunks(CHUNK * self.size())) {
-                    let w = &mut buffer[..bytes.len() / self.size()];
-                    widen(self.element, bytes, w);
-                    for (x, y) in x.chunks_exact(self.inner).zip(y.iter_mut()) {
-                        *y += dot(w, &x[start..start + w.len()]);
-                    }
-                }
-            }
-        };
-        if self.rows <= rows_per_task {
-            task((0, &mut y));
-        } else {
-            y.par_chunks_mut(rows_per_task * n).enumerate().for_each(task);
-        }
-        Tensor::from_vec(y, (self.rows, n), &Device::Cpu)?.t()?.contiguous()
-    }
-
-    fn many_rows(&self, x: &Tensor) -> Result<Tensor> {
-        let block = (BLOCK / self.inner).max(1);
-        let blocks = (0..self.rows).step_by(block).map(|start| {
-            let rows = start..(start + block).min(self.rows);
-            let shape = (rows.len(), self.inner);
-            x.matmul(&Tensor::from_vec(self.widen_rows(rows), shape, &Device::Cpu)?.t()?)
-        });
-        Tensor::cat(&blocks.collect::<Result<Vec<_>>>()?, D::Minus1)
+        let mut y = vec![0f32; n * self.rows];
+        let operation = Operation::Linear(self.weights()?, None);
+        let x = x.contiguous()?;
+        product::run(self.kernels, vec![Job { operation, x: Values::of(&x)?.slice()?, rows: Rows::All, y: &mut y }]);
+        Tensor::from_vec(y, (n, self.rows), &Device::Cpu)
     }
 
     /// A block of rows in f32, row-major.
@@ -215,16 +180,25 @@ fn widen(element: Element, bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    // Independent sums, so that the compiler may use vectors.
-    let mut lanes = [0f32; 16];
-    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<16>(), b.as_chunks::<16>());
-    for (a, b) in a.iter().zip(b) {
-        for ((lane, a), b) in lanes.iter_mut().zip(a).zip(b) {
-            *lane += a * b;
+/// The f32 values of a contiguous tensor in the CPU's memory, row-major.
+pub(super) struct Values<'a> {
+    storage: Box<dyn Deref<Target = Storage> + 'a>,
+    range: Range<usize>,
+}
+
+impl<'a> Values<'a> {
+    pub fn of(x: &'a Tensor) -> Result<Self> {
+        let (storage, layout) = x.storage_and_layout();
+        let Some((start, end)) = layout.contiguous_offsets() else { candle_core::bail!("the values do not lie side by side") };
+        Ok(Self { storage: Box::new(storage), range: start..end })
+    }
+
+    pub fn slice(&self) -> Result<&[f32]> {
+        match &**self.storage {
+            Storage::Cpu(storage) => Ok(&storage.as_slice::<f32>()?[self.range.clone()]),
+            _ => candle_core::bail!("the values are not in the CPU's memory"),
         }
     }
-    lanes.iter().sum::<f32>() + a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum::<f32>()
 }
 
 /// A linear layer.
@@ -237,7 +211,30 @@ pub(super) struct Linear {
     pub low_rank: Option<(Tensor, Tensor)>,
 }
 
+/// A linear layer as the CPU's kernels take it.
+pub(super) struct Direct<'a> {
+    pub weights: Weights<'a>,
+    pub bias: Option<Vec<f32>>,
+    pub kernels: Kernels,
+}
+
+impl Direct<'_> {
+    pub fn operand(&self) -> (Weights<'_>, Option<&[f32]>) {
+        (self.weights, self.bias.as_deref())
+    }
+}
+
 impl Linear {
+    /// `None` where candle computes: on devices, and where gradients are wanted.
+    pub fn direct(&self) -> Result<Option<Direct<'_>>> {
+        let Matrix::Mapped(weight) = &self.weight else { return Ok(None) };
+        if self.low_rank.is_some() || self.bias.as_ref().is_some_and(Tensor::track_op) {
+            return Ok(None);
+        }
+        let bias = self.bias.as_ref().map(Tensor::to_vec1).transpose()?;
+        Ok(Some(Direct { weights: weight.weights()?, bias, kernels: weight.kernels }))
+    }
+
     /// x [N, in] -> [N, out]
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let mut y = self.weight.times(x)?;
@@ -266,49 +263,16 @@ mod tests {
     fn mapped(values: &[f32], shape: [usize; 2], stored: Dtype, dtype: DType) -> Mapped {
         let aligned = View::from_f32(values, stored, shape.to_vec()).unwrap();
         let shifted = Bytes::from([&[0][..], &aligned.data].concat()).slice(1..);
-        Mapped::new(&View { info: TensorInfo { dtype: stored, shape: shape.to_vec() }, data: shifted }, dtype).unwrap()
-    }
-
-    #[test]
-    fn products_of_every_type_and_size() {
-        for (out, inner) in [(1, 1), (3, 15), (5, 16), (2, 1023), (3, 1024), (2, 1041), (70, 2100)] {
-            let (w, x) = (numbers(out * inner), numbers(9 * inner + 5)[5..].to_vec());
-            let expected: Vec<f32> =
-                x.chunks(inner).flat_map(|x| w.chunks(inner).map(|w| x.iter().zip(w).map(|(x, w)| x * w).sum())).collect();
-            let x = Tensor::from_vec(x, (9, inner), &Device::Cpu).unwrap();
-            for stored in [Dtype::F32, Dtype::Bf16, Dtype::F16, Dtype::F64] {
-                for dtype in [DType::F32, DType::BF16, DType::F16] {
-                    let matrix = mapped(&w, [out, inner], stored, dtype);
-                    for rows in [1, 2, 8, 9] {
-                        let y = Matrix::Mapped(matrix.clone()).times(&x.narrow(0, 0, rows).unwrap()).unwrap();
-                        assert_eq!(y.dims(), [rows, out]);
-                        for (y, expected) in y.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().zip(&expected) {
-                            assert!((y - expected).abs() <= 1e-5 * inner as f32, "{out}x{inner} {stored:?} in {dtype:?}: {y} {expected}");
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn neighbours_do_not_change_a_row() {
-        let matrix = Matrix::Mapped(mapped(&numbers(70 * 2100), [70, 2100], Dtype::Bf16, DType::BF16));
-        let x = Tensor::from_vec(numbers(8 * 2100), (8, 2100), &Device::Cpu).unwrap();
-        let together = matrix.times(&x).unwrap().to_vec2::<f32>().unwrap();
-        for (row, together) in together.iter().enumerate() {
-            let alone = matrix.times(&x.narrow(0, row, 1).unwrap()).unwrap().to_vec2::<f32>().unwrap();
-            assert_eq!(&alone[0], together);
-        }
+        Mapped::new(&View { info: TensorInfo { dtype: stored, shape: shape.to_vec() }, data: shifted }, dtype, Kernels::best()).unwrap()
     }
 
     #[test]
     fn exact_types_are_not_copied() {
         let view = View::from_f32(&numbers(6), Dtype::Bf16, vec![2, 3]).unwrap();
         for dtype in [DType::BF16, DType::F32] {
-            assert_eq!(Mapped::new(&view, dtype).unwrap().data.as_ptr(), view.data.as_ptr());
+            assert_eq!(Mapped::new(&view, dtype, Kernels::best()).unwrap().data.as_ptr(), view.data.as_ptr());
         }
-        assert_ne!(Mapped::new(&view, DType::F16).unwrap().data.as_ptr(), view.data.as_ptr());
+        assert_ne!(Mapped::new(&view, DType::F16, Kernels::best()).unwrap().data.as_ptr(), view.data.as_ptr());
     }
 
     #[test]

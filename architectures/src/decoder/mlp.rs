@@ -1,9 +1,12 @@
 //! The gated MLP: a dense layer's, an expert's, a shared expert's.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 
-use super::matrix::Linear;
-use crate::config::Activation;
+use super::matrix::{Direct, Linear, Values};
+use crate::{
+    config::Activation,
+    kernels::product::{self, Job, Operation, Rows},
+};
 
 #[derive(Debug, Clone)]
 pub(super) struct Mlp {
@@ -20,6 +23,16 @@ impl Mlp {
 
     /// What the down projection sees: x [N, D] -> [N, F]
     pub fn hidden(&self, x: &Tensor) -> Result<Tensor> {
+        if !x.track_op()
+            && let Some([gate, up]) = self.direct()?
+        {
+            let (n, ffn) = (x.dim(0)?, self.projections[0].weight.shape()[0]);
+            let mut y = vec![0f32; n * ffn];
+            let operation = Operation::Gated([gate.operand(), up.operand()], self.activation);
+            let x = x.contiguous()?;
+            product::run(gate.kernels, vec![Job { operation, x: Values::of(&x)?.slice()?, rows: Rows::All, y: &mut y }]);
+            return Tensor::from_vec(y, (n, ffn), &Device::Cpu);
+        }
         let [gate, up, _] = &self.projections;
         let gate = gate.forward(x)?; // [N, F]
         let gate = match self.activation {
@@ -29,6 +42,12 @@ impl Mlp {
             Activation::Relu => gate.relu(),
         }?;
         gate * up.forward(x)?
+    }
+
+    /// Gate and up as the CPU's kernels take them.
+    pub fn direct(&self) -> Result<Option<[Direct<'_>; 2]>> {
+        let [gate, up, _] = &self.projections;
+        Ok(gate.direct()?.zip(up.direct()?).map(|(gate, up)| [gate, up]))
     }
 
     /// hidden [N, F] -> [N, D]

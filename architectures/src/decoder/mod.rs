@@ -41,6 +41,7 @@ pub use self::{
 use crate::{
     config::Config,
     family::{Family, Role},
+    kernels::Kernels,
     weights::{Weights, WeightsError},
 };
 
@@ -255,9 +256,23 @@ impl Decoder {
         dtype: DType,
         device: &Device,
     ) -> std::result::Result<Self, DecoderError> {
-        let mapped = device.is_cpu();
-        let activations = if mapped { DType::F32 } else { dtype };
-        Self::load_at(family, config, weights, &Placement { device: device.clone(), weights: dtype, activations, mapped })
+        if device.is_cpu() {
+            return Self::load_with(family, config, weights, dtype, Kernels::best());
+        }
+        let placement = Placement { device: device.clone(), weights: dtype, activations: dtype, mapped: None };
+        Self::load_at(family, config, weights, &placement)
+    }
+
+    /// As [`Decoder::load`] on the CPU, with kernels of one's choice.
+    pub fn load_with(
+        family: &Family,
+        config: &Config,
+        weights: &dyn Weights,
+        dtype: DType,
+        kernels: Kernels,
+    ) -> std::result::Result<Self, DecoderError> {
+        let placement = Placement { device: Device::Cpu, weights: dtype, activations: DType::F32, mapped: Some(kernels) };
+        Self::load_at(family, config, weights, &placement)
     }
 
     fn load_at(family: &Family, config: &Config, weights: &dyn Weights, placement: &Placement) -> std::result::Result<Self, DecoderError> {
@@ -433,7 +448,7 @@ mod tests {
         };
         let reference = logits(&Decoder::load(family, &config, &made, DType::F32, &Device::Cpu).unwrap());
         for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F16, 2e-2), (DType::BF16, 1e-1)] {
-            let placement = Placement { device: Device::Cpu, weights: dtype, activations: dtype, mapped: false };
+            let placement = Placement { device: Device::Cpu, weights: dtype, activations: dtype, mapped: None };
             let held = logits(&Decoder::load_at(family, &config, &made, &placement).unwrap());
             let difference = held.iter().zip(&reference).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             let largest = reference.iter().fold(0.0, |largest: f32, x| largest.max(x.abs()));

@@ -3,10 +3,22 @@
 //! Tokens are sorted by expert once, so each chosen expert's weights are used once per call, however many sequences it serves. A token's
 //! result is the sum over its own choices in its own order: it does not depend on who else chose those experts.
 
-use candle_core::{D, DType, Result, Tensor};
+use candle_core::{D, DType, Device, Result, Tensor};
 use upcycle_routers::route::{Routing, Rule, route};
 
-use super::{DecoderError, Probe, matrix::Matrix, mlp::Mlp, train};
+use super::{
+    DecoderError, Probe,
+    matrix::{Direct, Matrix, Values},
+    mlp::Mlp,
+    train,
+};
+use crate::kernels::{
+    parallel_pieces,
+    product::{self, Job, Operation, Rows},
+};
+
+/// Tokens whose experts' outputs are summed in one task.
+const TOKENS: usize = 8;
 
 #[derive(Debug, Clone)]
 pub(super) struct Sparse {
@@ -57,23 +69,97 @@ impl Sparse {
     /// The chosen experts' outputs, weighted with [N, K] and summed: [N, D] -> [N, D]
     fn mix(&self, x: &Tensor, routing: &Routing, weights: &Tensor) -> Result<Tensor> {
         let (n, d) = x.dims2()?;
-        let k = routing.top_k;
-        // Choice i is of token i / K. `order` lists the choices expert by expert, `place` says where a choice stands in that list.
-        let mut order: Vec<u32> = (0..(n * k) as u32).collect();
-        order.sort_by_key(|choice| routing.experts[*choice as usize]);
-        let mut place = vec![0u32; n * k];
-        (0u32..).zip(&order).for_each(|(at, choice)| place[*choice as usize] = at);
-        let tokens: Vec<u32> = order.iter().map(|choice| choice / k as u32).collect();
-        let sorted = x.index_select(&Tensor::new(tokens, x.device())?, 0)?; // [N K, D]
-
+        let sorted = Sorted::new(routing);
+        if !x.track_op()
+            && !weights.track_op()
+            && let Some(y) = self.mix_direct(x, &sorted, weights)?
+        {
+            return Ok(y);
+        }
+        let rows = x.index_select(&Tensor::new(sorted.tokens, x.device())?, 0)?; // [N K, D]
         let mut outputs = Vec::new();
         let mut start = 0;
-        for same in order.chunk_by(|a, b| routing.experts[*a as usize] == routing.experts[*b as usize]) {
-            let expert = &self.experts[routing.experts[same[0] as usize] as usize];
-            outputs.push(expert.forward(&sorted.narrow(0, start, same.len())?)?);
-            start += same.len();
+        for (expert, len) in sorted.experts {
+            outputs.push(self.experts[expert].forward(&rows.narrow(0, start, len)?)?);
+            start += len;
         }
-        let outputs = Tensor::cat(&outputs, 0)?.index_select(&Tensor::new(place, x.device())?, 0)?; // [N K, D]
-        outputs.to_dtype(DType::F32)?.reshape((n, k, d))?.broadcast_mul(&weights.unsqueeze(2)?)?.sum(D::Minus2)?.to_dtype(x.dtype())
+        let outputs = Tensor::cat(&outputs, 0)?.index_select(&Tensor::new(sorted.place, x.device())?, 0)?; // [N K, D]
+        let outputs = outputs.to_dtype(DType::F32)?.reshape((n, routing.top_k, d))?;
+        outputs.broadcast_mul(&weights.unsqueeze(2)?)?.sum(D::Minus2)?.to_dtype(x.dtype())
+    }
+
+    /// As [`Sparse::mix`], all experts in one product each way, with the CPU's kernels; `None` where candle computes.
+    fn mix_direct(&self, x: &Tensor, sorted: &Sorted, weights: &Tensor) -> Result<Option<Tensor>> {
+        let direct = |(expert, len): &(usize, usize)| {
+            let expert = &self.experts[*expert];
+            Ok(expert.direct()?.zip(expert.projections[2].direct()?).map(|layers| (layers, expert.activation, *len)))
+        };
+        let Some(experts) =
+            sorted.experts.iter().map(direct).collect::<Result<Option<Vec<(([Direct<'_>; 2], Direct<'_>), _, usize)>>>>()?
+        else {
+            return Ok(None);
+        };
+        let Some(((_, down), ..)) = experts.first() else { return Ok(None) };
+        let (n, d) = x.dims2()?;
+        let (kernels, choices, ffn) = (down.kernels, sorted.tokens.len(), down.weights.inner());
+        let x = x.contiguous()?;
+        let x = Values::of(&x)?;
+
+        let mut hidden = vec![0f32; choices * ffn]; // [N K, F]
+        let (mut rest, mut tokens) = (hidden.as_mut_slice(), sorted.tokens.as_slice());
+        let mut jobs = Vec::with_capacity(experts.len());
+        for (([gate, up], _), activation, len) in &experts {
+            let (y, listed);
+            ((y, rest), (listed, tokens)) = (rest.split_at_mut(len * ffn), tokens.split_at(*len));
+            let operation = Operation::Gated([gate.operand(), up.operand()], *activation);
+            jobs.push(Job { operation, x: x.slice()?, rows: Rows::Listed(listed), y });
+        }
+        product::run(kernels, jobs);
+
+        let mut outputs = vec![0f32; choices * d]; // [N K, D]
+        let (mut rest, mut inputs) = (outputs.as_mut_slice(), hidden.as_slice());
+        let mut jobs = Vec::with_capacity(experts.len());
+        for ((_, down), _, len) in &experts {
+            let (y, x);
+            ((y, rest), (x, inputs)) = (rest.split_at_mut(len * d), inputs.split_at(len * ffn));
+            let (weights, bias) = down.operand();
+            jobs.push(Job { operation: Operation::Linear(weights, bias), x, rows: Rows::All, y });
+        }
+        product::run(kernels, jobs);
+
+        let weights = weights.flatten_all()?.to_vec1::<f32>()?;
+        let k = weights.len() / n;
+        let mut y = vec![0f32; n * d];
+        parallel_pieces(&mut y, TOKENS * d, |piece, y| {
+            for (y, token) in y.chunks_exact_mut(d).zip(piece * TOKENS..) {
+                for choice in token * k..(token + 1) * k {
+                    let output = &outputs[sorted.place[choice] as usize * d..][..d];
+                    y.iter_mut().zip(output).for_each(|(y, output)| *y += weights[choice] * output);
+                }
+            }
+        });
+        Ok(Some(Tensor::from_vec(y, (n, d), &Device::Cpu)?))
+    }
+}
+
+/// The N K choices of a routing, expert by expert.
+struct Sorted {
+    /// of whom each choice in this order is, [N K]
+    tokens: Vec<u32>,
+    /// where choice i K + k of the routing stands in this order, [N K]
+    place: Vec<u32>,
+    /// the chosen experts and how many choices each has, in this order
+    experts: Vec<(usize, usize)>,
+}
+
+impl Sorted {
+    fn new(routing: &Routing) -> Self {
+        let expert = |choice: &u32| routing.experts[*choice as usize] as usize;
+        let mut order: Vec<u32> = (0..routing.experts.len() as u32).collect();
+        order.sort_by_key(expert);
+        let mut place = vec![0u32; order.len()];
+        (0u32..).zip(&order).for_each(|(at, choice)| place[*choice as usize] = at);
+        let experts = order.chunk_by(|a, b| expert(a) == expert(b)).map(|same| (expert(&same[0]), same.len())).collect();
+        Self { tokens: order.iter().map(|choice| choice / routing.top_k as u32).collect(), place, experts }
     }
 }

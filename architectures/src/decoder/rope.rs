@@ -9,6 +9,7 @@ use std::f64::consts::PI;
 
 use candle_core::{DType, Device, Result, Tensor};
 
+use super::matrix::Values;
 use crate::config::{Rope, RopeScaling};
 
 /// Cosines and sines of some positions, N rows of one entry per rotated pair of dimensions.
@@ -46,6 +47,11 @@ impl Table {
         let turned = if x.track_op() { self.turn(&turning)? } else { candle_nn::rotary_emb::rope_thd(&turning, &self.cos, &self.sin)? };
         let whole = if rotated == head_dim { turned } else { Tensor::cat(&[turned, x.narrow(3, rotated, head_dim - rotated)?], 3)? };
         whole.squeeze(0)
+    }
+
+    /// Cosines and sines as they lie, and R / 2.
+    pub fn values(&self) -> Result<([Values<'_>; 2], usize)> {
+        Ok(([Values::of(&self.cos)?, Values::of(&self.sin)?], self.cos.dim(1)?))
     }
 
     /// What `rope_thd` does, in steps that have gradients: x [1, N, heads, R].

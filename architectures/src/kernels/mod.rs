@@ -1,0 +1,72 @@
+//! The CPU's own kernels: products of stored weights with f32 rows, and attention over a cache, for the instructions that the CPU has.
+//!
+//! They know bytes, rows and threads, and nothing of models: the decoder calls them where a tensor lies in the CPU's memory and no gradient is
+//! wanted, and candle everywhere else. Weights are read where they lie, at any alignment, and are never copied or converted as a whole.
+//!
+//! *A row's result is the same to the last bit whatever rows stand beside it*, and however many: every product sums in the same order (lanes
+//! along the inner dimension, [`product::CHUNK`] elements at a time), whether it multiplies one row or a thousand, and attention walks blocks
+//! of keys that begin at multiples of a fixed number. It differs between [`Kernels`], whose vectors are of different lengths.
+//!
+//! `unsafe` code of this crate stands here alone. Every kernel is one generic function over [`simd::Simd`], so that what is tested for one
+//! kind of instructions is what runs with another.
+
+#![allow(clippy::inline_always, reason = "what is not inlined is not compiled for the instructions of its caller")]
+
+pub(crate) mod attention;
+pub(crate) mod product;
+mod simd;
+mod team;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use self::simd::{Kernel, Plain};
+pub(crate) use self::team::{parallel, parallel_pieces};
+
+/// Which instructions the kernels use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kernels {
+    /// AVX-512 (F, BW, DQ, VL)
+    Avx512,
+    /// AVX2 with FMA and F16C
+    Avx2,
+    /// what every CPU of the architecture has; on ARM that includes NEON
+    Plain,
+}
+
+impl Kernels {
+    /// The fastest that this CPU has.
+    pub fn best() -> Self {
+        Self::available()[0]
+    }
+
+    /// All that this CPU has, the fastest first.
+    pub fn available() -> Vec<Self> {
+        let mut available = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            if x86::has_avx512() {
+                available.push(Self::Avx512);
+            }
+            if x86::has_avx2() {
+                available.push(Self::Avx2);
+            }
+        }
+        available.push(Self::Plain);
+        available
+    }
+
+    /// Runs a kernel with these instructions, or with plain ones if the CPU lacks them.
+    #[inline]
+    fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        match self {
+            // SAFETY: the CPU has the instructions that the function is compiled for.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 if x86::has_avx512() => unsafe { x86::run_avx512(kernel) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 if x86::has_avx2() => unsafe { x86::run_avx2(kernel) },
+            // SAFETY: plain code runs on every CPU.
+            _ => unsafe { kernel.run::<Plain>() },
+        }
+    }
+}

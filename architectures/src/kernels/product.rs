@@ -1,0 +1,476 @@
+//! Products of stored weight matrices [out, in] with f32 rows [N, in]: x W^T, weights read where they lie.
+//!
+//! A tile holds the sums of four rows of weights with a few rows of x, a vector of lanes each, and runs along the inner dimension, so both are
+//! read in the order in which they lie and nothing is packed. With few rows of x every weight is read once, at the speed of memory; with
+//! many, a block of weights stays in the second-level cache while tiles of x, which fit the first, pass by.
+//!
+//! All products of a step that do not need each other ([`Job`]) are one parallel loop: q, k and v; the gate and up projections of all chosen
+//! experts; their down projections.
+
+use super::{
+    Kernels, parallel,
+    simd::{Bf16, F16, F32, Kernel, Simd, Stored, exp},
+};
+use crate::config::Activation;
+
+/// Inner elements that are summed in lanes before the lanes are added up: a tile's rows of x fit the first-level cache. Part of the order of
+/// every sum, so the same for any number of rows.
+pub(crate) const CHUNK: usize = 1024;
+/// Bytes of weights that a task goes through: a few of them fit the second-level cache, and reading one takes some microseconds.
+const TASK: usize = 128 << 10;
+/// Rows of x in a task.
+const ROWS: usize = 192;
+/// Rows of weights in a tile.
+const TILE: usize = 4;
+
+/// How an element of a matrix is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Element {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl Element {
+    pub const fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 | Self::F16 => 2,
+        }
+    }
+}
+
+/// A matrix [out, in] where it lies: row-major, little endian, at any alignment.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Weights<'a> {
+    data: &'a [u8],
+    element: Element,
+    /// out
+    rows: usize,
+    /// in
+    inner: usize,
+}
+
+impl<'a> Weights<'a> {
+    /// `None` if `data` is not `rows` times `inner` elements, or there are none.
+    pub fn new(data: &'a [u8], element: Element, rows: usize, inner: usize) -> Option<Self> {
+        let bytes = rows.checked_mul(inner)?.checked_mul(element.size())?;
+        (data.len() == bytes && bytes > 0).then_some(Self { data, element, rows, inner })
+    }
+
+    pub fn inner(&self) -> usize {
+        self.inner
+    }
+
+    fn row_bytes(&self) -> usize {
+        self.inner * self.element.size()
+    }
+}
+
+/// What is computed of each row x.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Operation<'a> {
+    /// x W^T + b
+    Linear(Weights<'a>, Option<&'a [f32]>),
+    /// act(x G^T + g) * (x U^T + u); both matrices of one shape
+    Gated([(Weights<'a>, Option<&'a [f32]>); 2], Activation),
+}
+
+impl<'a> Operation<'a> {
+    fn weights(&self) -> Weights<'a> {
+        match self {
+            Self::Linear(weights, _) | Self::Gated([(weights, _), _], _) => *weights,
+        }
+    }
+}
+
+/// Which rows of a matrix x [.., in] are multiplied.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Rows<'a> {
+    All,
+    /// these, in this order
+    Listed(&'a [u32]),
+}
+
+/// One product.
+pub(crate) struct Job<'a> {
+    pub operation: Operation<'a>,
+    /// row-major [.., in]
+    pub x: &'a [f32],
+    pub rows: Rows<'a>,
+    /// [N, out], as many rows as are multiplied
+    pub y: &'a mut [f32],
+}
+
+/// A job's part of the loop: its place in the list of tasks and the raw form of its output, of which each task writes another part.
+struct Part<'a> {
+    operation: Operation<'a>,
+    x: &'a [f32],
+    rows: Rows<'a>,
+    y: *mut f32,
+    n: usize,
+    /// rows of weights in a task
+    block: usize,
+    /// tasks along the rows of x
+    across: usize,
+    /// the first of its tasks
+    first: usize,
+}
+
+// SAFETY: `y` is a job's exclusive slice, of which tasks write disjoint parts.
+unsafe impl Sync for Part<'_> {}
+
+/// Does all jobs in one parallel loop.
+///
+/// # Panics
+/// If a job's slices are not of the shapes that its operation asks for, or a listed row is not in x.
+pub(crate) fn run(kernels: Kernels, jobs: Vec<Job<'_>>) {
+    let mut tasks = 0;
+    let parts: Vec<Part<'_>> = jobs
+        .into_iter()
+        .map(|job| {
+            let weights = job.operation.weights();
+            let there = job.x.len() / weights.inner;
+            let n = match job.rows {
+                Rows::All => there,
+                Rows::Listed(rows) => {
+                    assert!(rows.iter().all(|row| (*row as usize) < there), "a row that is not there");
+                    rows.len()
+                }
+            };
+            assert_eq!(job.y.len(), n * weights.rows, "output of another shape");
+            if let Operation::Gated([(gate, _), (up, _)], _) = job.operation {
+                assert_eq!((gate.rows, gate.inner), (up.rows, up.inner), "gate and up of different shapes");
+            }
+            let block = (TASK / weights.row_bytes()).max(TILE).next_multiple_of(TILE);
+            let across = n.div_ceil(ROWS);
+            let first = tasks;
+            tasks += weights.rows.div_ceil(block) * across;
+            Part { operation: job.operation, x: job.x, rows: job.rows, y: job.y.as_mut_ptr(), n, block, across, first }
+        })
+        .collect();
+    parallel(tasks, |task| {
+        let part = &parts[parts.partition_point(|part| part.first <= task) - 1];
+        let task = task - part.first;
+        // The tasks of one block of weights follow each other.
+        part.task(kernels, task / part.across * part.block, task % part.across * ROWS);
+    });
+}
+
+impl Part<'_> {
+    /// Rows of weights from `start` on, rows of x from `row` on.
+    fn task(&self, kernels: Kernels, start: usize, row: usize) {
+        let weights = self.operation.weights();
+        let (n, out) = ((self.n - row).min(ROWS), (weights.rows - start).min(self.block));
+        let block = |weights: Weights<'_>, y: *mut f32, stride: usize| {
+            // SAFETY: the shapes have been checked by `run`; `y` has room for n rows of `out`, `stride` apart, and nobody else writes there.
+            let block = Block { weights, start, out, x: self.x.as_ptr(), rows: self.rows, row, n, y, stride };
+            kernels.run(block);
+        };
+        // SAFETY: within the job's y [N, out], and no other task's part of it.
+        let y = unsafe { self.y.add(row * weights.rows + start) };
+        match &self.operation {
+            Operation::Linear(weights, bias) => {
+                block(*weights, y, weights.rows);
+                if let Some(bias) = bias {
+                    for i in 0..n {
+                        // SAFETY: as above.
+                        let y = unsafe { std::slice::from_raw_parts_mut(y.add(i * weights.rows), out) };
+                        y.iter_mut().zip(&bias[start..]).for_each(|(y, bias)| *y += bias);
+                    }
+                }
+            }
+            Operation::Gated([gate, up], activation) => {
+                let mut both = vec![0f32; 2 * n * out];
+                let (gates, ups) = both.split_at_mut(n * out);
+                for ((weights, bias), z) in [(gate, &mut *gates), (up, &mut *ups)] {
+                    block(*weights, z.as_mut_ptr(), out);
+                    if let Some(bias) = bias {
+                        z.chunks_exact_mut(out).for_each(|z| z.iter_mut().zip(&bias[start..]).for_each(|(z, bias)| *z += bias));
+                    }
+                }
+                kernels.run(Activate { gates, ups, activation: *activation });
+                for (i, z) in gates.chunks_exact(out).enumerate() {
+                    // SAFETY: as above.
+                    unsafe { std::slice::from_raw_parts_mut(y.add(i * weights.rows), out) }.copy_from_slice(z);
+                }
+            }
+        }
+    }
+}
+
+/// gates = act(gates) * ups
+struct Activate<'a> {
+    gates: &'a mut [f32],
+    ups: &'a [f32],
+    activation: Activation,
+}
+
+impl Kernel for Activate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        /// sqrt(2 / pi)
+        const SLOPE: f32 = 0.797_884_6;
+        let pairs = self.gates.iter_mut().zip(self.ups);
+        match self.activation {
+            Activation::Silu => pairs.for_each(|(gate, up)| *gate = *gate / (1.0 + exp(-*gate)) * up),
+            Activation::Relu => pairs.for_each(|(gate, up)| *gate = gate.max(0.0) * up),
+            Activation::Gelu => pairs.for_each(|(gate, up)| {
+                let x = *gate * std::f32::consts::FRAC_1_SQRT_2;
+                *gate = 0.5 * *gate * (1.0 + candle_core::cpu::erf::erf_f32(x)) * up;
+            }),
+            Activation::GeluTanh => pairs.for_each(|(gate, up)| {
+                let x = SLOPE * *gate * (1.0 + 0.044_715 * *gate * *gate);
+                *gate = 0.5 * *gate * (1.0 + x.tanh()) * up;
+            }),
+        }
+    }
+}
+
+/// y [n, out] = the rows of x from `row` on times the rows of weights `start..start + out`.
+///
+/// Made only where: `start + out` rows of weights are there; `row + n` rows are listed or are in x, and the listed ones are in x; and n rows of
+/// `out` may be written at `y`, `stride` elements apart.
+pub(super) struct Block<'a> {
+    pub weights: Weights<'a>,
+    pub start: usize,
+    pub out: usize,
+    pub x: *const f32,
+    pub rows: Rows<'a>,
+    pub row: usize,
+    pub n: usize,
+    pub y: *mut f32,
+    pub stride: usize,
+}
+
+impl Kernel for Block<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        // SAFETY: what stands at `Block`.
+        unsafe {
+            match self.weights.element {
+                Element::F32 => block::<S, F32>(&self),
+                Element::Bf16 => block::<S, Bf16>(&self),
+                Element::F16 => block::<S, F16>(&self),
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn block<S: Simd, E: Stored>(b: &Block<'_>) {
+    // With one tile of x, weights are best read row by row.
+    let panel = if b.n <= S::ROWS { TILE } else { b.out };
+    for from in (0..b.out).step_by(panel) {
+        let to = (from + panel).min(b.out);
+        for at in (0..b.weights.inner).step_by(CHUNK) {
+            for row in (0..b.n).step_by(S::ROWS) {
+                // SAFETY: the caller's.
+                unsafe {
+                    match (b.n - row).min(S::ROWS) {
+                        6 => tiles::<S, E, 6>(b, from..to, at, row),
+                        5 => tiles::<S, E, 5>(b, from..to, at, row),
+                        4 => tiles::<S, E, 4>(b, from..to, at, row),
+                        3 => tiles::<S, E, 3>(b, from..to, at, row),
+                        2 => tiles::<S, E, 2>(b, from..to, at, row),
+                        _ => tiles::<S, E, 1>(b, from..to, at, row),
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// N rows of x from `row` on times rows `range` of the block, elements from `at` on.
+#[inline(always)]
+unsafe fn tiles<S: Simd, E: Stored, const N: usize>(b: &Block<'_>, range: std::ops::Range<usize>, at: usize, row: usize) {
+    let inner = b.weights.inner;
+    let len = (inner - at).min(CHUNK);
+    let x: [*const f32; N] = std::array::from_fn(|i| {
+        let row = match b.rows {
+            Rows::All => b.row + row + i,
+            Rows::Listed(rows) => rows[b.row + row + i] as usize,
+        };
+        // SAFETY: the row is in x.
+        unsafe { b.x.add(row * inner + at) }
+    });
+    let row_bytes = b.weights.row_bytes();
+    for first in range.clone().step_by(TILE) {
+        let valid = (range.end - first).min(TILE);
+        // Beyond the last row stands the last row again.
+        let w: [*const u8; TILE] = std::array::from_fn(|i| {
+            let weights = &b.weights.data[(b.start + first + i.min(valid - 1)) * row_bytes..];
+            // SAFETY: `at` is within the row.
+            unsafe { weights.as_ptr().add(at * E::SIZE) }
+        });
+        // SAFETY: `len` elements are left in each row.
+        let sums = unsafe { tile::<S, E, N>(w, x, len, TILE * row_bytes) };
+        for (i, sums) in sums.iter().enumerate() {
+            // SAFETY: within the block's y.
+            let y = unsafe { std::slice::from_raw_parts_mut(b.y.add((row + i) * b.stride + first), valid) };
+            if at == 0 {
+                y.copy_from_slice(&sums[..valid]);
+            } else {
+                y.iter_mut().zip(sums).for_each(|(y, sum)| *y += sum);
+            }
+        }
+    }
+}
+
+/// The sums of products of `len` elements of each row of x with each of four rows of weights. `ahead` is where, from those rows on, weights
+/// lie that are read next.
+#[inline(always)]
+unsafe fn tile<S: Simd, E: Stored, const N: usize>(w: [*const u8; TILE], x: [*const f32; N], len: usize, ahead: usize) -> [[f32; TILE]; N] {
+    // SAFETY: the caller's.
+    unsafe {
+        let mut lanes = [[S::splat(0.0); TILE]; N];
+        let whole = len - len % S::LANES;
+        let mut at = 0;
+        while at < whole {
+            let weights: [S::Vector; TILE] = [
+                E::load::<S>(w[0].add(at * E::SIZE)),
+                E::load::<S>(w[1].add(at * E::SIZE)),
+                E::load::<S>(w[2].add(at * E::SIZE)),
+                E::load::<S>(w[3].add(at * E::SIZE)),
+            ];
+            for w in w {
+                S::prefetch(w.wrapping_add(at * E::SIZE + ahead));
+            }
+            for (x, lanes) in x.iter().zip(&mut lanes) {
+                let x = S::load(x.add(at));
+                for (weight, lanes) in weights.iter().zip(lanes) {
+                    *lanes = S::mul_add(*weight, x, *lanes);
+                }
+            }
+            at += S::LANES;
+        }
+        let mut sums = [[0.0; TILE]; N];
+        for (sums, lanes) in sums.iter_mut().zip(lanes) {
+            *sums = S::sums(lanes);
+        }
+        for at in whole..len {
+            for (x, sums) in x.iter().zip(&mut sums) {
+                for (w, sum) in w.iter().zip(sums) {
+                    *sum += E::one(w.add(at * E::SIZE)) * *x.add(at);
+                }
+            }
+        }
+        sums
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::{bf16, f16};
+
+    use super::*;
+
+    /// Values that a bf16 and an f16 hold exactly.
+    fn numbers(len: usize) -> Vec<f32> {
+        (0..len).map(|i| ((i * 7919 + i / 13) % 97) as f32 / 32.0 - 1.5).collect()
+    }
+
+    /// Stored one byte off their alignment.
+    fn stored(values: &[f32], element: Element) -> Vec<u8> {
+        let mut bytes = vec![0];
+        for value in values {
+            match element {
+                Element::F32 => bytes.extend(value.to_le_bytes()),
+                Element::Bf16 => bytes.extend(bf16::from_f32(*value).to_le_bytes()),
+                Element::F16 => bytes.extend(f16::from_f32(*value).to_le_bytes()),
+            }
+        }
+        bytes
+    }
+
+    fn product(kernels: Kernels, w: &[u8], element: Element, [out, inner]: [usize; 2], x: &[f32]) -> Vec<f32> {
+        let mut y = vec![f32::NAN; x.len() / inner * out];
+        let weights = Weights::new(&w[1..], element, out, inner).unwrap();
+        run(kernels, vec![Job { operation: Operation::Linear(weights, None), x, rows: Rows::All, y: &mut y }]);
+        y
+    }
+
+    #[test]
+    fn products_of_every_type_and_size() {
+        for [out, inner] in [[1, 1], [3, 15], [5, 16], [4, 33], [2, 1023], [3, 1024], [2, 1041], [70, 2100], [9, 4096]] {
+            for n in [1, 2, 5, 6, 7, 13, 200] {
+                let (w, x) = (numbers(out * inner), numbers(n * inner + 5)[5..].to_vec());
+                let exact = |x: &[f32], w: &[f32]| x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum::<f64>();
+                let expected: Vec<f64> = x.chunks(inner).flat_map(|x| w.chunks(inner).map(move |w| exact(x, w))).collect();
+                for element in [Element::F32, Element::Bf16, Element::F16] {
+                    let w = stored(&w, element);
+                    for kernels in Kernels::available() {
+                        let y = product(kernels, &w, element, [out, inner], &x);
+                        for (y, expected) in y.iter().zip(&expected) {
+                            let error = (f64::from(*y) - expected).abs();
+                            assert!(error <= 2e-7 * inner as f64, "{n} {out}x{inner} {element:?} {kernels:?}: {y} {expected}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn neighbours_do_not_change_a_bit() {
+        let (out, inner) = (70, 2100);
+        let (w, x): (Vec<f32>, Vec<f32>) =
+            ((0..out * inner).map(|i| (i as f32).sin()).collect(), (0..400 * inner).map(|i| (i as f32 * 0.7).cos()).collect());
+        for (element, kernels) in [(Element::Bf16, Kernels::available()), (Element::F32, Kernels::available())] {
+            let w = stored(&w, element);
+            for kernels in kernels {
+                let together = product(kernels, &w, element, [out, inner], &x);
+                for row in [0, 5, 191, 192, 399] {
+                    let alone = product(kernels, &w, element, [out, inner], &x[row * inner..(row + 1) * inner]);
+                    assert_eq!(alone, together[row * out..(row + 1) * out], "row {row} {element:?} {kernels:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn jobs_choose_rows_and_apply_activations() {
+        let (out, inner) = (130, 40);
+        let w = [numbers(out * inner), numbers(out * inner + 3)[3..].to_vec()];
+        let bias = numbers(out + 50)[50..].to_vec();
+        let x = numbers(9 * inner);
+        let stored = w.each_ref().map(|w| stored(w, Element::Bf16));
+        let [gate, up] = stored.each_ref().map(|w| Weights::new(&w[1..], Element::Bf16, out, inner).unwrap());
+        let dot = |w: &[f32], row: usize, o: usize| {
+            w[o * inner..][..inner].iter().zip(&x[row * inner..]).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum::<f64>()
+        };
+        let rows = [7, 0, 7, 3];
+        for activation in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu] {
+            let act = |x: f64| match activation {
+                Activation::Silu => x / (1.0 + (-x).exp()),
+                Activation::Gelu => 0.5 * x * (1.0 + candle_core::cpu::erf::erf_f64(x / 2f64.sqrt())),
+                Activation::GeluTanh => 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3))).tanh()),
+                Activation::Relu => x.max(0.0),
+            };
+            for kernels in Kernels::available() {
+                let (mut gated, mut linear) = (vec![0f32; 4 * out], vec![0f32; 9 * out]);
+                let both = Operation::Gated([(gate, Some(&bias)), (up, None)], activation);
+                run(
+                    kernels,
+                    vec![
+                        Job { operation: both, x: &x, rows: Rows::Listed(&rows), y: &mut gated },
+                        Job { operation: Operation::Linear(up, Some(&bias)), x: &x, rows: Rows::All, y: &mut linear },
+                    ],
+                );
+                for (i, row) in rows.iter().enumerate() {
+                    for o in 0..out {
+                        let expected = act(dot(&w[0], *row as usize, o) + f64::from(bias[o])) * dot(&w[1], *row as usize, o);
+                        let y = f64::from(gated[i * out + o]);
+                        assert!((y - expected).abs() <= 1e-5 * expected.abs().max(10.0), "{activation:?} {kernels:?}: {y} {expected}");
+                        let expected = dot(&w[1], *row as usize, o) + f64::from(bias[o]);
+                        assert!((f64::from(linear[*row as usize * out + o]) - expected).abs() <= 1e-4);
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! Vectors of f32 lanes and how stored weights become them: what a kernel may ask of a CPU, and its plain form.
+
+use half::f16;
+
+/// Work that can be done with any kind of vectors.
+pub(super) trait Kernel {
+    type Output;
+
+    /// Must be `#[inline(always)]`, so that it is compiled for the instructions of `S`.
+    ///
+    /// # Safety
+    /// The CPU has the instructions of `S`; whatever else a kernel needs stands where it is made.
+    unsafe fn run<S: Simd>(self) -> Self::Output;
+}
+
+/// f32 lanes of some CPU's vectors. Every method is unsafe for one reason: the CPU must have the instructions. Those that take a pointer
+/// read or write [`Simd::LANES`] elements there, at any alignment.
+pub(super) trait Simd: Copy + 'static {
+    type Vector: Copy;
+
+    const LANES: usize;
+    /// Rows of activations that a tile of a product holds beside four rows of weights, at most six: as many sums as there are registers for.
+    const ROWS: usize;
+
+    unsafe fn splat(x: f32) -> Self::Vector;
+    unsafe fn load(from: *const f32) -> Self::Vector;
+    unsafe fn load_bf16(from: *const u8) -> Self::Vector;
+    unsafe fn load_f16(from: *const u8) -> Self::Vector;
+    unsafe fn store(to: *mut f32, x: Self::Vector);
+    unsafe fn max(a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// a b + c
+    unsafe fn mul_add(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
+    /// The sums of four vectors' lanes; what one vector's is does not depend on the others.
+    unsafe fn sums(x: [Self::Vector; 4]) -> [f32; 4];
+    /// Asks for the cache line of an address, which need not be valid.
+    unsafe fn prefetch(from: *const u8);
+}
+
+/// An element type of stored weights.
+pub(super) trait Stored: Copy + 'static {
+    const SIZE: usize;
+
+    /// # Safety
+    /// [`Simd::LANES`] elements lie at `from`, and the CPU has the instructions.
+    unsafe fn load<S: Simd>(from: *const u8) -> S::Vector;
+
+    /// # Safety
+    /// An element lies at `from`.
+    unsafe fn one(from: *const u8) -> f32;
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct F32;
+#[derive(Clone, Copy)]
+pub(super) struct Bf16;
+#[derive(Clone, Copy)]
+pub(super) struct F16;
+
+// SAFETY of the reads below: callers give addresses of whole elements, and every read is unaligned.
+impl Stored for F32 {
+    const SIZE: usize = 4;
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(from: *const u8) -> S::Vector {
+        unsafe { S::load(from.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn one(from: *const u8) -> f32 {
+        unsafe { from.cast::<f32>().read_unaligned() }
+    }
+}
+
+impl Stored for Bf16 {
+    const SIZE: usize = 2;
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(from: *const u8) -> S::Vector {
+        unsafe { S::load_bf16(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn one(from: *const u8) -> f32 {
+        f32::from_bits(u32::from(unsafe { from.cast::<u16>().read_unaligned() }) << 16)
+    }
+}
+
+impl Stored for F16 {
+    const SIZE: usize = 2;
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(from: *const u8) -> S::Vector {
+        unsafe { S::load_f16(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn one(from: *const u8) -> f32 {
+        f16::from_bits(unsafe { from.cast::<u16>().read_unaligned() }).to_f32()
+    }
+}
+
+/// Arrays, which the compiler puts into whatever vectors every CPU of the architecture has.
+#[derive(Clone, Copy)]
+pub(super) struct Plain;
+
+const PLAIN: usize = 8;
+
+impl Simd for Plain {
+    type Vector = [f32; PLAIN];
+
+    const LANES: usize = PLAIN;
+    const ROWS: usize = if cfg!(target_arch = "aarch64") { 3 } else { 1 };
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self::Vector {
+        [x; PLAIN]
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self::Vector {
+        unsafe { from.cast::<Self::Vector>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u8) -> Self::Vector {
+        unsafe { from.cast::<[u16; PLAIN]>().read_unaligned() }.map(|bits| f32::from_bits(u32::from(bits) << 16))
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u8) -> Self::Vector {
+        unsafe { from.cast::<[u16; PLAIN]>().read_unaligned() }.map(|bits| f16::from_bits(bits).to_f32())
+    }
+
+    #[inline(always)]
+    unsafe fn store(to: *mut f32, x: Self::Vector) {
+        unsafe { to.cast::<Self::Vector>().write_unaligned(x) };
+    }
+
+    #[inline(always)]
+    unsafe fn max(a: Self::Vector, b: Self::Vector) -> Self::Vector {
+        std::array::from_fn(|i| if a[i] > b[i] { a[i] } else { b[i] })
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector {
+        // Without an instruction for it, `mul_add` is a call of a function.
+        let fused = cfg!(any(target_arch = "aarch64", target_feature = "fma"));
+        std::array::from_fn(|i| if fused { a[i].mul_add(b[i], c[i]) } else { a[i] * b[i] + c[i] })
+    }
+
+    #[inline(always)]
+    unsafe fn sums(x: [Self::Vector; 4]) -> [f32; 4] {
+        x.map(|[a, b, c, d, e, f, g, h]| ((a + e) + (b + f)) + ((c + g) + (d + h)))
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(_: *const u8) {}
+}
+
+/// e to the x, to 2 units in the last place; 0 below -87. Without branches, so that loops over it become vectors.
+#[inline(always)]
+pub(super) fn exp(x: f32) -> f32 {
+    /// Adding and taking away 1.5 * 2^23 rounds to a whole number.
+    const ROUND: f32 = 12_582_912.0;
+    // Cephes' expf: x = n ln 2 + r with ln 2 in two parts, then a polynomial in r.
+    let bounded = x.clamp(-87.0, 88.0);
+    let n = (bounded * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let r = bounded - n * 0.693_359_4 + n * 2.121_944_4e-4;
+    let p = 1.987_569_1e-4;
+    let p = p * r + 1.398_2e-3;
+    let p = p * r + 8.333_452e-3;
+    let p = p * r + 4.166_579_6e-2;
+    let p = p * r + 0.166_666_65;
+    let p = p * r + 0.5;
+    let scale = f32::from_bits(((n as i32 + 127) << 23) as u32);
+    let y = (p * r * r + r + 1.0) * scale;
+    if x < -87.0 { 0.0 } else { y }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[allow(clippy::float_cmp, reason = "these are exact")]
+    fn exp_is_that_of_the_library() {
+        for i in -2000..2000 {
+            let x = i as f32 * 0.0417;
+            let (own, exact) = (f64::from(exp(x)), f64::from(x).exp());
+            assert!((own - exact).abs() <= 2.5e-7 * exact, "{x}: {own} {exact}");
+        }
+        assert!(exp(0.0) == 1.0 && exp(f32::NEG_INFINITY) == 0.0 && exp(-1e30) == 0.0);
+        assert!(exp(1e30) > 1e38);
+    }
+}

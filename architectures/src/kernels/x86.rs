@@ -1,0 +1,160 @@
+//! AVX2 and AVX-512.
+
+use std::arch::x86_64 as arch;
+
+use super::simd::{Kernel, Simd};
+
+pub(super) fn has_avx512() -> bool {
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vl")
+        && has_avx2()
+}
+
+pub(super) fn has_avx2() -> bool {
+    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+}
+
+/// # Safety
+/// [`has_avx512`]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+pub(super) unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
+    // SAFETY: the caller's promise.
+    unsafe { kernel.run::<Avx512>() }
+}
+
+/// # Safety
+/// [`has_avx2`]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) unsafe fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
+    // SAFETY: the caller's promise.
+    unsafe { kernel.run::<Avx2>() }
+}
+
+// SAFETY of everything below: callers promise the instructions and that what pointers point to is there; all accesses are unaligned.
+
+#[derive(Clone, Copy)]
+pub(super) struct Avx512;
+
+impl Simd for Avx512 {
+    type Vector = arch::__m512;
+
+    const LANES: usize = 16;
+    const ROWS: usize = 6;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self::Vector {
+        unsafe { arch::_mm512_set1_ps(x) }
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self::Vector {
+        unsafe { arch::_mm512_loadu_ps(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u8) -> Self::Vector {
+        unsafe {
+            arch::_mm512_castsi512_ps(arch::_mm512_slli_epi32::<16>(arch::_mm512_cvtepu16_epi32(arch::_mm256_loadu_si256(from.cast()))))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u8) -> Self::Vector {
+        unsafe { arch::_mm512_cvtph_ps(arch::_mm256_loadu_si256(from.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(to: *mut f32, x: Self::Vector) {
+        unsafe { arch::_mm512_storeu_ps(to, x) };
+    }
+
+    #[inline(always)]
+    unsafe fn max(a: Self::Vector, b: Self::Vector) -> Self::Vector {
+        unsafe { arch::_mm512_max_ps(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector {
+        unsafe { arch::_mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    unsafe fn sums(x: [Self::Vector; 4]) -> [f32; 4] {
+        unsafe {
+            let halves = x.map(|x| arch::_mm256_add_ps(arch::_mm512_castps512_ps256(x), arch::_mm512_extractf32x8_ps::<1>(x)));
+            sums_of_halves(halves)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(from: *const u8) {
+        unsafe { arch::_mm_prefetch::<{ arch::_MM_HINT_T0 }>(from.cast()) };
+    }
+}
+
+/// Four vectors' sums through two levels of horizontal adds.
+#[inline(always)]
+unsafe fn sums_of_halves([a, b, c, d]: [arch::__m256; 4]) -> [f32; 4] {
+    unsafe {
+        let four = arch::_mm256_hadd_ps(arch::_mm256_hadd_ps(a, b), arch::_mm256_hadd_ps(c, d));
+        let sums = arch::_mm_add_ps(arch::_mm256_castps256_ps128(four), arch::_mm256_extractf128_ps::<1>(four));
+        std::mem::transmute(sums)
+    }
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct Avx2;
+
+impl Simd for Avx2 {
+    type Vector = arch::__m256;
+
+    const LANES: usize = 8;
+    const ROWS: usize = 2;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self::Vector {
+        unsafe { arch::_mm256_set1_ps(x) }
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self::Vector {
+        unsafe { arch::_mm256_loadu_ps(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u8) -> Self::Vector {
+        unsafe { arch::_mm256_castsi256_ps(arch::_mm256_slli_epi32::<16>(arch::_mm256_cvtepu16_epi32(arch::_mm_loadu_si128(from.cast())))) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u8) -> Self::Vector {
+        unsafe { arch::_mm256_cvtph_ps(arch::_mm_loadu_si128(from.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(to: *mut f32, x: Self::Vector) {
+        unsafe { arch::_mm256_storeu_ps(to, x) };
+    }
+
+    #[inline(always)]
+    unsafe fn max(a: Self::Vector, b: Self::Vector) -> Self::Vector {
+        unsafe { arch::_mm256_max_ps(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector {
+        unsafe { arch::_mm256_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    unsafe fn sums(x: [Self::Vector; 4]) -> [f32; 4] {
+        unsafe { sums_of_halves(x) }
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(from: *const u8) {
+        unsafe { arch::_mm_prefetch::<{ arch::_MM_HINT_T0 }>(from.cast()) };
+    }
+}
