@@ -12,5 +12,6 @@
 mod support;
 
 mod configs;
+mod ensemble;
 mod goldens;
 mod identities;
