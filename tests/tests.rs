@@ -24,3 +24,4 @@ mod source;
 mod sweep;
 mod text;
 mod tidy;
+mod tune;

@@ -234,7 +234,16 @@ pub fn tune(task: &Task<'_>, settings: &Settings, checkpoint: &Path, progress: &
     let parameters = Parameters::new(task.composite, settings.scope, settings.seed, &task.device)?;
     let mut run = Run { task, settings, cutter, streams, held_out, decoder, parameters, checkpoint, progress };
     let (mut state, mut best) = run.resume()?;
-    for (stage, steps) in [(Stage::Router, settings.router_steps), (Stage::Language, settings.steps)] {
+    // The one weight of a single choice is one, whatever the gate says.
+    let mute = plan.config.moe.as_ref().is_some_and(|moe| moe.top_k == 1 && moe.normalise && moe.shared_ffn.is_none());
+    let mute = mute && settings.scope == Scope::Gates && settings.balance == 0.0;
+    if mute && settings.steps > 0 {
+        progress.note(
+            "with one expert per token, its weight is 1 and the language model's loss has no gradient for gates: that stage is left out",
+        );
+    }
+    let language = if mute { 0 } else { settings.steps };
+    for (stage, steps) in [(Stage::Router, settings.router_steps), (Stage::Language, language)] {
         if stage >= state.stage && steps > 0 {
             run.stage(stage, steps, &mut state, &mut best)?;
         }

@@ -135,3 +135,69 @@ fn beginning(bytes: &[u8]) -> usize {
     let line = bytes[..bytes.len() / 4].iter().position(|byte| *byte == b'\n').map(|at| at + 1);
     line.unwrap_or_else(|| bytes.iter().take_while(|byte| **byte & 0xC0 == 0x80).take(3).count())
 }
+
+#[cfg(test)]
+mod tests {
+    use rand::SeedableRng as _;
+
+    use super::*;
+    use crate::source::{self, OpenOptions};
+
+    /// Numbered lines, some with characters of several bytes, so that every token of the text can be told from every other.
+    fn text() -> String {
+        (0..600).map(|i| format!("{i} äöü line number {i} of the text\n")).collect()
+    }
+
+    fn with_cutter<T>(window: usize, check: impl FnOnce(&Cutter<'_>) -> T) -> T {
+        let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/base");
+        let source = source::open(&demo.to_str().unwrap().parse().unwrap(), &OpenOptions::default()).unwrap();
+        let tokenizer = Tokenizer::open(&source.sidecars, &source.config).unwrap();
+        check(&Cutter { tokenizer: &tokenizer, prefix: vec![7], window })
+    }
+
+    #[test]
+    fn what_is_held_out_is_not_drawn() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("text.txt");
+        fs_err::write(&path, text()).unwrap();
+        with_cutter(48, |cutter| {
+            let (stream, held_out) = Stream::open("text", &path, 6, cutter).unwrap();
+            assert_eq!((held_out.len(), stream.held.len()), (6, 6));
+            assert!(held_out.iter().all(|window| window.prefix == 1 && window.tokens.len() == 49));
+            let bytes = fs_err::read(&path).unwrap();
+            for (window, held) in held_out.iter().zip(&stream.held) {
+                let text = std::str::from_utf8(&bytes[held.start as usize..held.end as usize]).unwrap();
+                assert_eq!(cutter.tokenizer.decode(&window.tokens[1..]).unwrap(), text);
+            }
+            let mut rng = ChaCha8Rng::seed_from_u64(1);
+            let (mut full, mut starts) = (0, std::collections::BTreeSet::new());
+            for _ in 0..200 {
+                let at = rng.random_range(0..stream.size);
+                if let Some((tokens, bytes)) = stream.piece(at, cutter).unwrap() {
+                    assert!(stream.held.iter().all(|held| bytes.end <= held.start || held.end <= bytes.start), "{bytes:?}");
+                    full += usize::from(tokens.len() == 48);
+                    starts.insert(bytes.start);
+                }
+            }
+            assert!(full > 120 && starts.len() > 100, "{full} whole pieces from {} places", starts.len());
+            for _ in 0..50 {
+                assert_eq!(stream.draw(&mut rng, cutter).unwrap().tokens.len(), 49);
+            }
+        });
+    }
+
+    #[test]
+    fn a_text_must_have_room() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("text.txt");
+        fs_err::write(&path, text()).unwrap();
+        with_cutter(2000, |cutter| {
+            let error = Stream::open("text", &path, 6, cutter).err().unwrap();
+            assert!(matches!(error, TuneError::Short { tokens: 5000..20000, window: 2000, .. }), "{error}");
+        });
+        fs_err::write(&path, "").unwrap();
+        with_cutter(8, |cutter| {
+            assert!(matches!(Stream::open("text", &path, 6, cutter), Err(TuneError::Short { tokens: 0, .. })));
+        });
+    }
+}
