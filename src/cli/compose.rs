@@ -165,7 +165,7 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<()> {
 }
 
 /// `5B`, `200M`, `1500000`: bytes, powers of ten as in mergekit (B is 10^9).
-fn size(text: &str) -> Result<u64, String> {
+pub(crate) fn size(text: &str) -> Result<u64, String> {
     let text = text.trim();
     let (digits, unit) = match text.char_indices().last() {
         Some((at, suffix)) if suffix.is_ascii_alphabetic() => (&text[..at], suffix.to_ascii_uppercase()),

@@ -6,9 +6,11 @@
 mod chat;
 mod completions;
 mod compose;
+mod composite;
 mod demo;
 mod doctor;
 mod eval;
+mod gates;
 mod generation;
 mod inspect;
 mod model;
@@ -17,6 +19,7 @@ mod recipe;
 mod run;
 #[cfg(feature = "serve")]
 mod serve;
+mod stats;
 mod texts;
 mod ui;
 
@@ -57,6 +60,10 @@ enum Command {
     Eval(eval::Args),
     /// Show what a model is made of and where its tokens go
     Inspect(inspect::Args),
+    /// Gather or merge statistics of what a composite's routers see
+    Stats(stats::Args),
+    /// Set a composite's gates anew, from such statistics
+    Gates(gates::Args),
     /// Devices, features, disk and memory
     Doctor(doctor::Args),
     /// Shell completions
@@ -77,6 +84,8 @@ pub(crate) fn main() -> ExitCode {
         Command::Run(args) => run::run(args),
         Command::Eval(args) => eval::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Stats(args) => stats::run(&args),
+        Command::Gates(args) => gates::run(&args),
         Command::Doctor(args) => doctor::run(args),
         Command::Completions(args) => {
             completions::run(&args);

@@ -111,6 +111,7 @@ pub(crate) fn describe(part: &Part, sources: &Sources) -> String {
         }
         Part::Mean { of } => format!("mean of {}", of.iter().map(|(source, _)| name(source)).collect::<Vec<_>>().join(", ")),
         Part::Fitted { .. } => "fitted".into(),
+        Part::Tuned { .. } => "tuned".into(),
         Part::Gate { .. } => "gate".into(),
         Part::SharedGate { .. } => "gate of the shared expert".into(),
         Part::Zeros { .. } => "zeros".into(),

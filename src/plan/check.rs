@@ -237,7 +237,7 @@ pub(super) fn missing(sources: &Sources, tensors: &[PlannedTensor]) -> Vec<Probl
         match part {
             Part::Tensor { source, tensor, .. } => check(*source, tensor),
             Part::Mean { of } => of.iter().for_each(|(source, tensor)| check(*source, tensor)),
-            Part::Gate { .. } | Part::SharedGate { .. } | Part::Zeros { .. } | Part::Fitted { .. } => {}
+            Part::Gate { .. } | Part::SharedGate { .. } | Part::Zeros { .. } | Part::Fitted { .. } | Part::Tuned { .. } => {}
         }
     }
     let more = problems.len().saturating_sub(12);

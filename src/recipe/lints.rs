@@ -7,7 +7,7 @@ use std::{ops::Range, sync::Arc};
 use upcycle_routers::init::Needs;
 
 use super::{
-    Expert, Problem, Recipe, Severity,
+    Expert, Problem, Recipe, Severity, Shared,
     problem::{File, Place},
     schema::Places,
 };
@@ -49,6 +49,7 @@ const REQUIRED: &[(Check, &str)] = &[
     (too_few_experts, "add experts, or lower `experts_per_token` (2 if not given)"),
     (many_shared_experts, "keep one, and make the others experts"),
     (missing_prompts, "give it `positive_prompts` or a `prompts_file`, or set `gate_mode: random` and train the gates"),
+    (fit_without_text, "leave `gate_mode` out, or set `shared: base` or `shared: average`"),
 ];
 
 /// Every lint, in the order that they are checked: first what mergekit-moe refuses, in its order, then ours.
@@ -189,6 +190,12 @@ fn missing_prompts(recipe: &Recipe, places: &Places) -> Option<Finding> {
     let mode = recipe.gate_mode.name;
     let message = || format!("`{mode}` makes gates from prompts, but {} none", experts_have(&without));
     (uses_prompts(recipe) && !without.is_empty()).then(|| Finding::about(&without, message(), |e| places.expert[e].source_model.clone()))
+}
+
+fn fit_without_text(recipe: &Recipe, places: &Places) -> Option<Finding> {
+    let mode = recipe.gate_mode.name;
+    let message = || format!("`shared: fit` fits the shared weights along with the gates, and `{mode}` gates are not fitted");
+    (recipe.shared == Shared::Fit && !recipe.fitted()).then(|| Finding::at(&places.gate_mode, message()))
 }
 
 fn one_expert(recipe: &Recipe, places: &Places) -> Option<Finding> {

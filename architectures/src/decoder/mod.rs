@@ -33,6 +33,7 @@ use self::{
 pub use self::{
     block::{Block, Sequences},
     cache::Cache,
+    load::tensor,
 };
 use crate::{
     config::Config,
