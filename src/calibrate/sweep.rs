@@ -29,7 +29,7 @@ use upcycle_routers::{
 };
 
 use super::{
-    CalibrateError,
+    CalibrateError, FOLDS,
     solve::{self, Seen},
     store::{Found, Overlay, Store, Writer},
     text::Corpus,
@@ -40,8 +40,6 @@ use crate::{
     source::Source,
 };
 
-/// Groups of sequences, each routed by a gate that did not see it.
-const FOLDS: usize = 4;
 /// Router inputs of each expert's text that a gate is fitted to as they are; more are summed up.
 const ROWS: usize = 16_384;
 /// How strongly a down projection is held to the expert's own, relative to the mean diagonal of its inputs' moments.

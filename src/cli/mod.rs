@@ -6,9 +6,11 @@
 mod chat;
 mod completions;
 mod compose;
+mod composite;
 mod demo;
 mod doctor;
 mod eval;
+mod gates;
 mod generation;
 mod inspect;
 mod model;
@@ -17,6 +19,7 @@ mod recipe;
 mod run;
 #[cfg(feature = "serve")]
 mod serve;
+mod stats;
 mod texts;
 mod tune;
 mod ui;
@@ -60,6 +63,10 @@ enum Command {
     Inspect(inspect::Args),
     /// Train the gates of a composite, or its attention too, on text of each expert's kind
     Tune(tune::Args),
+    /// Gather or merge statistics of what a composite's routers see
+    Stats(stats::Args),
+    /// Set a composite's gates anew, from such statistics
+    Gates(gates::Args),
     /// Devices, features, disk and memory
     Doctor(doctor::Args),
     /// Shell completions
@@ -81,6 +88,8 @@ pub(crate) fn main() -> ExitCode {
         Command::Eval(args) => eval::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Tune(args) => tune::run(&args),
+        Command::Stats(args) => stats::run(&args),
+        Command::Gates(args) => gates::run(&args),
         Command::Doctor(args) => doctor::run(args),
         Command::Completions(args) => {
             completions::run(&args);

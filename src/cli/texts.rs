@@ -28,12 +28,12 @@ pub(crate) struct TextArgs {
 /// A text and its domain's name.
 #[derive(Debug, Clone)]
 pub(crate) struct NamedFile {
-    name: String,
-    file: PathBuf,
+    pub(crate) name: String,
+    pub(crate) file: PathBuf,
 }
 
 /// `NAME=FILE`, or `FILE`, whose name without its ending then names the domain.
-fn named_file(text: &str) -> Result<NamedFile, String> {
+pub(crate) fn named_file(text: &str) -> Result<NamedFile, String> {
     let (name, file) = match text.split_once('=') {
         Some((name, file)) => (name.trim().to_owned(), PathBuf::from(file)),
         None => (Path::new(text).file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default(), PathBuf::from(text)),

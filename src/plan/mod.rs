@@ -169,6 +169,13 @@ impl Plan {
         self.config.moe.as_ref().map_or(1, |moe| moe.top_k)
     }
 
+    /// The gate of a layer's router, whichever layout it is written in.
+    pub fn router(&self, layer: usize) -> Option<&PlannedTensor> {
+        let classic = self.family().name(Role::Layer(layer, LayerRole::Router));
+        let fused = self.family().fused_names(layer).map(|[router, ..]| router);
+        self.tensors.iter().find(|tensor| [&classic, &fused].into_iter().flatten().any(|name| *name == tensor.name))
+    }
+
     /// Bytes of all tensors.
     pub fn bytes(&self) -> u64 {
         self.tensors.iter().map(|tensor| tensor.info.bytes() as u64).sum()

@@ -50,6 +50,7 @@ const REQUIRED: &[(Check, &str)] = &[
     (many_shared_experts, "keep one, and make the others experts"),
     (whole_experts, "remove it, or set `gate_mode: auto` for a composite"),
     (missing_prompts, "give it `positive_prompts` or a `prompts_file`, or set `gate_mode: random` and train the gates"),
+    (fit_without_text, "leave `gate_mode` out, or set `shared: base` or `shared: average`"),
 ];
 
 /// Every lint, in the order that they are checked: first what mergekit-moe refuses, in its order, then ours.
@@ -208,6 +209,12 @@ fn missing_prompts(recipe: &Recipe, places: &Places) -> Option<Finding> {
     let mode = recipe.gate_mode.name;
     let message = || format!("`{mode}` makes gates from prompts, but {} none", experts_have(&without));
     (uses_prompts(recipe) && !without.is_empty()).then(|| Finding::about(&without, message(), |e| places.expert[e].source_model.clone()))
+}
+
+fn fit_without_text(recipe: &Recipe, places: &Places) -> Option<Finding> {
+    let mode = recipe.gate_mode.name;
+    let message = || format!("`shared: fit` fits the shared weights along with the gates, and `{mode}` gates are not fitted");
+    (recipe.shared == Shared::Fit && !recipe.fitted()).then(|| Finding::at(&places.gate_mode, message()))
 }
 
 fn one_expert(recipe: &Recipe, places: &Places) -> Option<Finding> {

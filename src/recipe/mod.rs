@@ -152,6 +152,11 @@ pub fn parse(text: &str, file: &Path, allow: &[String]) -> Result<(Recipe, Vec<P
     }
 }
 
+/// The experts of a recipe, whatever else is wrong with it: beside a composite it may name prompts and texts that are not there any more.
+pub fn experts(text: &str) -> Vec<Expert> {
+    schema::Reader::new(text, Path::new("")).recipe().map(|(recipe, _)| recipe.experts).unwrap_or_default()
+}
+
 impl Recipe {
     /// Whether the gates are fitted to the router's true inputs, rather than made from prompts or drawn.
     pub fn fitted(&self) -> bool {

@@ -138,7 +138,7 @@ pub(super) struct Losses {
     pub language: Tensor,
 }
 
-/// E sum_e f_e P_e with f_e the share of the choices that fell on expert e and P_e the mean of its probability: the auxiliary loss of the
+/// `E sum_e f_e P_e` with `f_e` the share of the choices that fell on expert e and `P_e` the mean of its probability: the auxiliary loss of the
 /// Switch Transformer (arXiv 2101.03961, equations 4 to 6), 1 for an even load. With more than one choice per token it is `transformers`'
 /// loss of Mixtral divided by K.
 fn uneven(logits: &Tensor, counts: &[f32]) -> Result<Tensor> {

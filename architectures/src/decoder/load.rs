@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, ops::Range};
 
-use candle_core::DType;
+use candle_core::{DType, Device};
 use upcycle_routers::route::Rule;
 
 use super::{
@@ -26,6 +26,13 @@ struct Place {
     shape: Vec<usize>,
     /// of that tensor, seen as a matrix whose rows are its last dimension
     rows: Range<usize>,
+}
+
+/// The bytes of a role's tensor, [`shape`](Family::tensors), whichever layout it lies in. Reading one expert of a fused tensor reads it whole.
+pub fn tensor(family: &Family, config: &Config, weights: &dyn Weights, role: Role, shape: &[usize]) -> Result<View, WeightsError> {
+    let placement = Placement { device: Device::Cpu, weights: DType::F32, activations: DType::F32, mapped: None };
+    let model = Model { family, config, weights, placement: &placement };
+    model.reader().view(role, shape)
 }
 
 #[derive(Clone, Copy)]

@@ -36,6 +36,7 @@ pub use self::{
     block::{Block, Sequences},
     cache::Cache,
     ensemble::{Ensemble, EnsembleCache},
+    load::tensor,
     train::Substitute,
 };
 use crate::{

@@ -10,10 +10,16 @@ mod files;
 mod starts;
 mod write;
 
-use std::path::PathBuf;
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use serde::{Deserialize, Serialize};
-use upcycle_architectures::decoder::{Decoder, DecoderError};
+use upcycle_architectures::{
+    Config,
+    decoder::{Decoder, DecoderError},
+};
 use upcycle_routers::init::DEFAULT_SEED;
 
 use self::{
@@ -25,7 +31,7 @@ use crate::{
     engine::{template::TemplateError, tokenizer::TokenizerError},
     plan::Sources,
     recipe::Recipe,
-    source::Source,
+    source::{Sidecar, Source},
 };
 
 /// One stretch of text of one expert, to be run from its first token.
@@ -194,6 +200,15 @@ pub fn corpus(
         corpus.origin.push(origin);
     }
     Ok(corpus)
+}
+
+/// A file's text for a model with this config and these files beside it: about `options.tokens` tokens that count, spread evenly over the file.
+pub fn read(file: &Path, sidecars: &BTreeMap<String, Sidecar>, config: &Config, options: &TextOptions) -> Result<Vec<Sequence>, TextError> {
+    let sequences = files::read(file, &Encoder::of(sidecars, config)?, options)?;
+    if sequences.is_empty() {
+        return Err(TextError::File { place: file.display().to_string(), reason: "it is empty".to_owned() });
+    }
+    Ok(sequences)
 }
 
 /// What an expert wrote, and whether that was before now.
