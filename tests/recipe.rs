@@ -804,6 +804,16 @@ fn what_is_refused_unless_allowed() {
       = note: equal prompts give equal gates: every token would go to the first experts
     hint: give each expert prompts of what it is good at
     "#);
+    let fit = edited("gate_mode: hidden", "gate_mode: hidden\nshared: fit");
+    assert_snapshot!(verdict(&fit, &[]), @"
+    error: `shared: fit` fits the shared weights along with the gates, and `hidden` gates are not fitted
+     --> recipe.yml:2:1
+      |
+    2 | gate_mode: hidden
+      | ^^^^^^^^^
+      |
+    hint: leave `gate_mode` out, or set `shared: base` or `shared: average`
+    ");
     let same_models = SOUND.replace("source_model: two", "source_model: one");
     assert_snapshot!(verdict(&same_models, &[]), @r#"
     error[same-model-experts]: every expert is the same model

@@ -11,7 +11,7 @@ use proptest::{
 use tempfile::TempDir;
 use upcycle::{
     calibrate::{
-        stats::{self, ExpertId, Fingerprint, Stats},
+        stats::{self, ExpertId, Fingerprint, Routing, Stats},
         text::Sequence,
     },
     plan,
@@ -58,12 +58,13 @@ fn sequences(expert: u32) -> Vec<Sequence> {
 fn gathered(composite: &Source, texts: &[Vec<Sequence>], keep: usize) -> Stats {
     let config = &composite.config;
     let decoder = Decoder::load(composite.family, config, &*composite.weights, DType::F32, &Device::Cpu).unwrap();
-    let Fingerprint { shared, experts } = Fingerprint::of(composite.family, config, &*composite.weights).unwrap();
+    let fingerprint = Fingerprint::of(composite.family, config, &*composite.weights).unwrap();
     let domain = |(e, text): (usize, &Vec<Sequence>)| {
-        let expert = ExpertId { name: e.to_string(), weights: experts[e].clone() };
-        stats::gather(&decoder, (e, expert), text, keep, &|_| ()).unwrap()
+        let expert = ExpertId { name: e.to_string(), weights: fingerprint.experts[e].clone() };
+        stats::gather(&decoder, (expert, Some(e)), text, keep, &|_| ()).unwrap()
     };
-    Stats { shared, layers: config.layers, hidden: config.hidden, experts: texts.iter().enumerate().map(domain).collect() }
+    let experts = texts.iter().enumerate().map(domain).collect();
+    Stats { routing: Routing::Forced, composite: fingerprint.shared.clone(), layers: config.layers, hidden: config.hidden, experts }
 }
 
 fn gates(stats: &Stats, order: &[usize]) -> Vec<Vec<f32>> {
@@ -186,6 +187,12 @@ fn new_gates_are_all_that_changes() {
     done(dir.path(), &["stats", "law.stats", "code.stats", "-o", "all.stats"]);
     done(dir.path(), &["gates", "out", "--stats", "law.stats", "code.stats", "--method", "ridge", "-o", "new"]);
     done(dir.path(), &["gates", "out", "--stats", "all.stats", "--method", "ridge", "-o", "same"]);
+    // Under the composite's own routing gates are fitted, too, and it matters which experts stand beside.
+    done(dir.path(), &["stats", "recipe.yml", "--own-routing", "-o", "own.stats"]);
+    done(dir.path(), &["gates", "out", "--stats", "own.stats", "-o", "own"]);
+    let [forced, own] = ["all.stats", "own.stats"].map(|file| stats::read(&dir.path().join(file)).unwrap());
+    assert_eq!(forced.find(&own.experts.iter().map(|domain| domain.expert.clone()).collect::<Vec<_>>()).unwrap(), [1, 0]);
+    assert_ne!(gates(&forced, &[1, 0]), gates(&own, &[0, 1]));
     // A recipe and what is written of it are one.
     done(dir.path(), &["stats", "recipe.yml", "-o", "recipe.stats"]);
     done(dir.path(), &["gates", "recipe.yml", "--stats", "recipe.stats", "--method", "ridge", "-o", "composed"]);
@@ -232,9 +239,11 @@ fn mistakes_are_named() {
     done(other.path(), &["compose", "recipe.yml", "out", "--overwrite"]);
     done(dir.path(), &["stats", "out", "--text", "code=code.txt", "-o", "code.stats"]);
     done(other.path(), &["stats", "out", "--text", "law=law.txt", "-o", "law.stats"]);
+    done(dir.path(), &["stats", "out", "--text", "law=law.txt", "--own-routing", "-o", "own.stats"]);
     fs_err::copy(other.path().join("law.stats"), dir.path().join("law.stats")).unwrap();
     let all = [
         &["stats", "code.stats", "law.stats", "-o", "all.stats"][..],
+        &["stats", "code.stats", "own.stats", "-o", "all.stats"],
         &["stats", "out", "-o", "all.stats"],
         &["stats", "out", "--text", "poetry=law.txt", "--text", "code=code.txt", "-o", "all.stats"],
         &["stats", "base", "--text", "code=code.txt", "-o", "all.stats"],
@@ -250,6 +259,11 @@ fn mistakes_are_named() {
     exit 1
     --- stderr
     error: code.stats and law.stats do not belong together: they are of composites with different shared weights
+
+    $ upcycle stats code.stats own.stats -o all.stats
+    exit 1
+    --- stderr
+    error: code.stats and own.stats do not belong together: one was gathered under the composite's own routing, the other with experts forced
 
     $ upcycle stats out -o all.stats
     exit 1

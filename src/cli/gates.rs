@@ -6,7 +6,7 @@ use anyhow::bail;
 use clap::builder::PossibleValuesParser;
 use indicatif::HumanBytes;
 use upcycle::{
-    calibrate::stats::{ExpertId, Fingerprint, StatsError},
+    calibrate::stats::{ExpertId, Fingerprint, Stats, StatsError},
     write,
 };
 use upcycle_architectures::{View, WeightsError};
@@ -67,7 +67,14 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let plan = &composite.plan;
     let fingerprint = Fingerprint::of(plan.family(), &plan.config, composite)?;
     let sparse: Vec<usize> = plan.config.moe.iter().flat_map(|moe| (0..plan.config.layers).filter(|&l| moe.sparse[l])).collect();
-    statistics.check(&fingerprint.shared, sparse.len(), plan.config.hidden, &args.stats[0].display().to_string(), &args.composite)?;
+    let own = Stats {
+        routing: statistics.routing,
+        composite: fingerprint.of_routing(statistics.routing),
+        layers: sparse.len(),
+        hidden: plan.config.hidden,
+        experts: Vec::new(),
+    };
+    statistics.check(&own, &args.stats[0].display().to_string(), &args.composite)?;
     let ids = experts.iter().zip(&fingerprint.experts).map(|(name, weights)| ExpertId { name: name.clone(), weights: weights.clone() });
     let order = statistics.find(&ids.collect::<Vec<_>>())?;
     let Some(method) = init::find(&args.method) else { bail!("there is no gate method `{}`", args.method) };

@@ -8,7 +8,7 @@ use candle_core::DType;
 use indicatif::HumanBytes;
 use upcycle::{
     calibrate::{
-        stats::{self, ExpertId, Fingerprint, Stats, StatsError},
+        stats::{self, ExpertId, Fingerprint, Routing, Stats, StatsError},
         text::{self, Sequence, TextOptions},
     },
     engine::device::DtypeChoice,
@@ -40,6 +40,10 @@ pub(crate) struct Args {
     /// Tokens of each expert that are kept, drawn from those that were read
     #[arg(long, value_name = "N", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..))]
     keep: u32,
+    /// Let the composite's own gates route, rather than force each text's expert: gates come out better, but what is gathered counts only as
+    /// long as no expert changes
+    #[arg(long)]
+    own_routing: bool,
     #[command(flatten)]
     options: recipe::Options,
     #[command(flatten)]
@@ -70,7 +74,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     for domain in &stats.experts {
         println!("| {} | {} | {} |", domain.expert.name, domain.seen(), domain.kept());
     }
-    println!("\n{} routers of width {}; shared weights {}", stats.layers, stats.hidden, &stats.shared[..stats.shared.len().min(12)]);
+    let (how, of) = match stats.routing {
+        Routing::Forced => ("experts forced", "shared weights"),
+        Routing::Own => ("the composite's own routing", "composite"),
+    };
+    let id: String = stats.composite.chars().filter(char::is_ascii_alphanumeric).take(12).collect();
+    println!("\n{} routers of width {}, {how}; {of} {id}", stats.layers, stats.hidden);
     Ok(())
 }
 
@@ -93,9 +102,15 @@ fn gathered(model: &str, args: &Args) -> anyhow::Result<Stats> {
     let plan = &given.composite.plan;
     let moe = plan.config.moe.as_ref().ok_or_else(dense)?;
     let corpus = corpus(&given, args)?;
-    let Fingerprint { shared, experts } = Fingerprint::of(plan.family(), &plan.config, &given.composite)?;
-    let mut stats =
-        Stats { shared, layers: moe.sparse.iter().filter(|sparse| **sparse).count(), hidden: plan.config.hidden, experts: Vec::new() };
+    let fingerprint = Fingerprint::of(plan.family(), &plan.config, &given.composite)?;
+    let routing = if args.own_routing { Routing::Own } else { Routing::Forced };
+    let mut stats = Stats {
+        routing,
+        composite: fingerprint.of_routing(routing),
+        layers: moe.sparse.iter().filter(|sparse| **sparse).count(),
+        hidden: plan.config.hidden,
+        experts: Vec::new(),
+    };
     let device = args.device.open()?;
     let dtype = match args.device.dtype {
         DtypeChoice::Auto => DType::F32,
@@ -104,10 +119,13 @@ fn gathered(model: &str, args: &Args) -> anyhow::Result<Stats> {
     let decoder = Decoder::load(plan.family(), &plan.config, &given.composite, dtype, &device)?;
     let bar = ui::steps();
     for (e, sequences) in corpus {
-        let expert = ExpertId { name: given.experts[e].clone(), weights: experts[e].clone() };
+        let expert = ExpertId { name: given.experts[e].clone(), weights: fingerprint.experts[e].clone() };
+        let forced = (routing == Routing::Forced).then_some(e);
         bar.set_message(expert.name.clone());
         bar.set_length(sequences.iter().map(|sequence| sequence.tokens.len() as u64).sum());
-        stats.experts.push(stats::gather(&decoder, (e, expert), &sequences, args.keep as usize, &|done| bar.set_position(done as u64))?);
+        stats
+            .experts
+            .push(stats::gather(&decoder, (expert, forced), &sequences, args.keep as usize, &|done| bar.set_position(done as u64))?);
     }
     bar.finish_and_clear();
     Ok(stats)

@@ -8,7 +8,7 @@ use half::f16;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 
-use super::{Domain, ExpertId, Part, Stats, StatsError};
+use super::{Domain, ExpertId, Part, Routing, Stats, StatsError};
 use crate::{calibrate::FOLDS, source};
 
 /// Key of the metadata.
@@ -19,7 +19,8 @@ const VERSION: u32 = 1;
 #[derive(Serialize, Deserialize)]
 struct Header {
     version: u32,
-    shared: String,
+    routing: Routing,
+    composite: String,
     layers: usize,
     hidden: usize,
     experts: Vec<Entry>,
@@ -35,9 +36,15 @@ struct Entry {
 
 pub(super) fn write(stats: &Stats, path: &Path) -> Result<(), StatsError> {
     let entry = |domain: &Domain| Entry { expert: domain.expert.clone(), seen: domain.folds.iter().map(|part| part.seen).collect() };
-    let Stats { shared, layers, hidden, experts } = stats;
-    let header =
-        Header { version: VERSION, shared: shared.clone(), layers: *layers, hidden: *hidden, experts: experts.iter().map(entry).collect() };
+    let Stats { routing, composite, layers, hidden, experts } = stats;
+    let header = Header {
+        version: VERSION,
+        routing: *routing,
+        composite: composite.clone(),
+        layers: *layers,
+        hidden: *hidden,
+        experts: experts.iter().map(entry).collect(),
+    };
     let header = serde_json::to_string(&header).map_err(std::io::Error::from)?;
     let parts = || experts.iter().enumerate().flat_map(|(e, domain)| (0..).zip(&domain.folds).map(move |(f, part)| (e, f, part)));
     let keys: Vec<Vec<u8>> = parts().map(|(_, _, part)| part.keys.iter().flat_map(|key| key.to_le_bytes()).collect()).collect();
@@ -78,7 +85,7 @@ fn parse(bytes: &Bytes) -> Result<Stats, String> {
         return Err("a newer upcycle wrote it: get that one".to_owned());
     }
     let header: Header = serde_json::from_str(header).map_err(|error| format!("its metadata is damaged ({error})"))?;
-    let Header { shared, layers, hidden, experts, .. } = header;
+    let Header { routing, composite, layers, hidden, experts, .. } = header;
     let width = layers.checked_mul(hidden).and_then(|size| size.checked_mul(2)).filter(|width| *width > 0);
     if width.is_none() {
         return Err(format!("{layers} routers of width {hidden} cannot be"));
@@ -116,5 +123,5 @@ fn parse(bytes: &Bytes) -> Result<Stats, String> {
         }
         domains.push(Domain { expert, folds });
     }
-    Ok(Stats { shared, layers, hidden, experts: domains })
+    Ok(Stats { routing, composite, layers, hidden, experts: domains })
 }

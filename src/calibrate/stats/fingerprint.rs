@@ -7,6 +7,8 @@ use rayon::prelude::*;
 use sha2::{Digest as _, Sha256};
 use upcycle_architectures::{Config, Family, LayerRole, Role, Weights, WeightsError, decoder::tensor};
 
+use super::Routing;
+
 /// Bytes of one place that is looked at.
 const SPOT: usize = 4096;
 /// Places of one tensor.
@@ -49,9 +51,21 @@ impl Fingerprint {
         let digests = digests.collect::<Result<Vec<_>, WeightsError>>()?;
         let of = |owner: Option<usize>| {
             let own = digests.iter().flatten().filter(|(of, _)| *of == owner);
-            own.fold(Sha256::new(), |hash, (_, digest)| hash.chain_update(digest)).finalize().iter().map(|b| format!("{b:02x}")).collect()
+            hex(&own.fold(Sha256::new(), |hash, (_, digest)| hash.chain_update(digest)).finalize())
         };
         let experts = config.moe.as_ref().map_or(0, |moe| moe.experts);
         Ok(Self { shared: of(None), experts: (0..experts).map(|e| of(Some(e))).collect() })
     }
+
+    /// Of what statistics depend on beside the text's expert: the shared weights, and under the composite's own routing all experts.
+    pub fn of_routing(&self, routing: Routing) -> String {
+        match routing {
+            Routing::Forced => self.shared.clone(),
+            Routing::Own => hex(&self.experts.iter().fold(Sha256::new().chain_update(&self.shared), Sha256::chain_update).finalize()),
+        }
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use candle_core::{DType, Device, Result as TensorResult, Tensor};
 use half::f16;
 use upcycle_architectures::decoder::{Decoder, Logits, Probe, Site, Step};
-use upcycle_routers::{route::Routing, statistics::hash};
+use upcycle_routers::{route, statistics::hash};
 
 use super::{Domain, ExpertId, Part, StatsError};
 use crate::calibrate::{FOLDS, text::Sequence};
@@ -12,12 +12,12 @@ use crate::calibrate::{FOLDS, text::Sequence};
 /// Tokens of one forward pass, unless a single sequence has more.
 const BATCH: usize = 2048;
 
-/// Runs the sequences through the composite as if each router knew that `expert` is right, and keeps what the routers see in at most `keep` of
-/// the tokens that count, in every sparse layer. At no time more than a batch's activations are held beside the sample. `progress` is told the
+/// Runs text of an expert through the composite, with that number of expert forced if there is one, else as its gates have it, and keeps what
+/// the routers see in at most about `keep` of the tokens that count, in every sparse layer. At no time more than a batch's activations are held beside the sample. `progress` is told the
 /// tokens done.
 pub fn gather(
     decoder: &Decoder,
-    (expert, id): (usize, ExpertId),
+    (expert, forced): (ExpertId, Option<usize>),
     sequences: &[Sequence],
     keep: usize,
     progress: &dyn Fn(usize),
@@ -51,14 +51,14 @@ pub fn gather(
                     kept.push(at);
                 }
             }
-            rows.extend(states(decoder, expert, batch, &kept, &layers)?);
+            rows.extend(states(decoder, forced, batch, &kept, &layers)?);
             done += total;
             progress(done);
         }
         part.rows = Bytes::from(rows);
         folds.push(part);
     }
-    Ok(Domain { expert: id, folds })
+    Ok(Domain { expert, folds })
 }
 
 /// Of that many tokens, the largest key of those that are kept; `None` if none is.
@@ -69,10 +69,10 @@ fn largest_key(seen: u64, keep: usize) -> Option<u64> {
 }
 
 /// The router inputs of the batch's rows `kept`, [n, L, D] f16.
-fn states(decoder: &Decoder, expert: usize, batch: &[&Sequence], kept: &[u32], layers: &[usize]) -> Result<Vec<u8>, StatsError> {
+fn states(decoder: &Decoder, forced: Option<usize>, batch: &[&Sequence], kept: &[u32], layers: &[usize]) -> Result<Vec<u8>, StatsError> {
     let Some(&last) = layers.last().filter(|_| !kept.is_empty()) else { return Ok(Vec::new()) };
     let mut guide = Guide {
-        expert,
+        forced,
         kept: Tensor::new(kept, &Device::Cpu).map_err(upcycle_architectures::decoder::DecoderError::from)?,
         last,
         seen: Vec::new(),
@@ -95,9 +95,9 @@ fn states(decoder: &Decoder, expert: usize, batch: &[&Sequence], kept: &[u32], l
     Ok(rows)
 }
 
-/// Sends all tokens to one expert and notes what the routers see.
+/// Notes what the routers see, and may send all tokens to one expert.
 struct Guide {
-    expert: usize,
+    forced: Option<usize>,
     /// `[n]`
     kept: Tensor,
     /// the last layer that is of interest
@@ -117,9 +117,10 @@ impl Probe for Guide {
         Ok(())
     }
 
-    fn route(&mut self, _: usize, _: &[f32], routing: &mut Routing) {
+    fn route(&mut self, _: usize, _: &[f32], routing: &mut route::Routing) {
+        let Some(expert) = self.forced else { return };
         let tokens = routing.experts.len() / routing.top_k.max(1);
-        *routing = Routing { top_k: 1, experts: vec![self.expert as u32; tokens], weights: vec![1.0; tokens] };
+        *routing = route::Routing { top_k: 1, experts: vec![expert as u32; tokens], weights: vec![1.0; tokens] };
     }
 
     fn go_on(&self, layer: usize) -> bool {

@@ -1,9 +1,10 @@
 //! What a composite's routers see in text of each expert's domain, to be kept in a file, merged with others', and turned into gates without
 //! the text.
 //!
-//! Each text runs through the composite with its own expert forced in every layer, whatever the gates say. So what is gathered depends on the
-//! shared weights and that one expert alone: statistics of several people, each with one expert, belong together, gates may be fitted again
-//! and again, and an expert that is added leaves the statistics of the others as they are.
+//! Each text runs through the composite with its own expert forced in every layer, whatever the gates say ([`Routing::Forced`]). So what is
+//! gathered depends on the shared weights and that one expert alone: statistics of several people, each with one expert, belong together, gates
+//! may be fitted again and again, and an expert that is added leaves the statistics of the others as they are. What routers see when the
+//! composite is served, with several experts mixed ([`Routing::Own`]), makes somewhat better gates, but depends on all experts.
 //!
 //! Of each text a sample of tokens is kept, the router inputs of all layers of each. L sparse layers, D hidden, E experts, n tokens kept.
 
@@ -25,11 +26,23 @@ use upcycle_routers::{
 pub use self::{file::read, fingerprint::Fingerprint, gather::gather};
 use super::FOLDS;
 
+/// Who chose the experts while statistics were gathered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Routing {
+    /// nobody: every token of a text ran through its expert alone
+    Forced,
+    /// the composite's gates
+    Own,
+}
+
 /// Statistics of some or all experts of a composite.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Stats {
-    /// of the shared weights
-    pub shared: String,
+    /// of the text's tokens
+    pub routing: Routing,
+    /// fingerprint of what they depend on beside a text's expert: see [`Fingerprint::of_routing`]
+    pub composite: String,
     /// L
     pub layers: usize,
     /// D
@@ -130,7 +143,7 @@ pub enum StatsError {
 impl Stats {
     /// Adds statistics of other text; `ours` and `theirs` are what they are called in messages. What is the same in both counts once.
     pub fn merge(&mut self, other: &Self, ours: &str, theirs: &str) -> Result<(), StatsError> {
-        self.check(&other.shared, other.layers, other.hidden, ours, theirs)?;
+        self.check(other, ours, theirs)?;
         let differ = |what: String| StatsError::Other { left: ours.to_owned(), right: theirs.to_owned(), what };
         let width = self.width();
         for domain in &other.experts {
@@ -145,12 +158,18 @@ impl Stats {
         Ok(())
     }
 
-    /// Whether these are statistics of that composite: of these shared weights, L and D. `ours` and `theirs` are for the message.
-    pub fn check(&self, shared: &str, layers: usize, hidden: usize, ours: &str, theirs: &str) -> Result<(), StatsError> {
-        let what = if (self.layers, self.hidden) != (layers, hidden) {
+    /// Whether both are statistics of the same composite. `ours` and `theirs` are what they are called in messages.
+    pub fn check(&self, other: &Self, ours: &str, theirs: &str) -> Result<(), StatsError> {
+        let what = if (self.layers, self.hidden) != (other.layers, other.hidden) {
+            let (layers, hidden) = (other.layers, other.hidden);
             format!("one is of {} routers of width {}, the other of {layers} of width {hidden}", self.layers, self.hidden)
-        } else if self.shared != shared {
-            "they are of composites with different shared weights".to_owned()
+        } else if self.routing != other.routing {
+            "one was gathered under the composite's own routing, the other with experts forced".to_owned()
+        } else if self.composite != other.composite {
+            match self.routing {
+                Routing::Forced => "they are of composites with different shared weights".to_owned(),
+                Routing::Own => "they are of different composites, and were gathered under their own routing".to_owned(),
+            }
         } else {
             return Ok(());
         };
@@ -176,7 +195,8 @@ impl Stats {
             .collect()
     }
 
-    /// Fits the gates of all sparse layers: row e to what stands at `order[e]`. `done` is told of every layer.
+    /// Fits the gates of all sparse layers: row e to what stands at `order[e]`. `done` is told of every layer. Takes memory for E moments of
+    /// [D, D]: [`check`](Self::check) first that D is that of a model.
     pub fn gates(&self, order: &[usize], candidates: &[Candidate], done: &dyn Fn(usize)) -> Result<Vec<Fitted>, StatsError> {
         let kept = order.iter().flat_map(|&at| &self.experts[at].folds).map(|part| part.keys.len()).max().unwrap_or(0);
         let shape = Shape { hidden: self.hidden, domains: order.len(), folds: FOLDS, rows: kept * FOLDS };
