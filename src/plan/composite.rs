@@ -35,6 +35,7 @@ impl Composite {
     }
 
     /// The same with these tensors, of the same types and shapes, in place of its own; names that it does not have are left out.
+    #[must_use]
     pub fn replacing(&self, tensors: BTreeMap<String, View>) -> Self {
         let mut plan = (*self.plan).clone();
         for planned in &mut plan.tensors {

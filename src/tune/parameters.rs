@@ -62,8 +62,8 @@ impl Parameters {
         let family = composite.plan.family();
         for (role, shape) in family.tensors(&composite.plan.config) {
             let rank = match (role, scope) {
-                (Role::Layer(_, Router | SharedGate), _) => None,
-                (Role::Layer(_, InputNorm | PostNorm | Attention(QNorm | KNorm)) | Role::FinalNorm, Scope::Attention { .. }) => None,
+                (Role::Layer(_, Router | SharedGate), _)
+                | (Role::Layer(_, InputNorm | PostNorm | Attention(QNorm | KNorm)) | Role::FinalNorm, Scope::Attention { .. }) => None,
                 (Role::Layer(_, Attention(Q | K | V | O)), Scope::Attention { rank }) => Some(rank),
                 _ => continue,
             };
