@@ -277,7 +277,7 @@ fn experts_teach_what_they_expect() {
     let losses = run(Target::Experts, 60);
     let ends = [&losses[..5], &losses[55..]].map(mean);
     assert!(ends[1] < ends[0] - 0.05, "{losses:?}");
-    assert_ne!(losses[0], run(Target::Text, 1)[0]);
+    assert!((losses[0] - run(Target::Text, 1)[0]).abs() > 1e-3, "the text itself says something else");
 }
 
 /// Runs `upcycle tune` with small settings; random models' figures say nothing.

@@ -232,13 +232,12 @@ fn domains(files: &[(&str, &Path)], experts: &[String], labelled: bool) -> anyho
 
 /// Those that the composite was given with, and what was done to it.
 fn papers<'a>(composite: &'a Composite, given: &Given, tuned: &Tuned, settings: &Settings, domains: &[Domain]) -> Papers<'a> {
-    let mut papers = match &given.recipe {
-        Some(recipe) => write::papers(composite, recipe),
-        None => {
-            let source = composite.sources.base();
-            let read = |name: &'static str| Some((name, fs_err::read(source.location.join(name)).ok()?));
-            Papers { tokenizer: source, files: [write::RECIPE, write::CARD].into_iter().filter_map(read).collect() }
-        }
+    let mut papers = if let Some(recipe) = &given.recipe {
+        write::papers(composite, recipe)
+    } else {
+        let source = composite.sources.base();
+        let read = |name: &'static str| Some((name, fs_err::read(source.location.join(name)).ok()?));
+        Papers { tokenizer: source, files: [write::RECIPE, write::CARD].into_iter().filter_map(read).collect() }
     };
     if !tuned.changed.is_empty() {
         let what = match settings.scope {
@@ -328,13 +327,13 @@ impl tune::Progress for Progress {
     fn evaluated(&self, stage: Stage, step: usize, loss: f64, best: bool) {
         let Ok(mut since) = self.since.lock() else { return };
         let perplexity = loss.exp();
-        self.bar.suspend(|| match step {
-            0 => tracing::info!("as given: held-out perplexity {perplexity:.3}"),
-            _ => {
-                let best = if best { " (best)" } else { "" };
-                tracing::info!("{stage}, step {step}: held-out perplexity {perplexity:.3}{best}; {}", since.words());
-            }
-        });
+        let best = if best { " (best)" } else { "" };
+        let said = if step == 0 {
+            format!("as given: held-out perplexity {perplexity:.3}")
+        } else {
+            format!("{stage}, step {step}: held-out perplexity {perplexity:.3}{best}; {}", since.words())
+        };
+        self.bar.suspend(|| tracing::info!("{said}"));
         *since = Since::now();
     }
 
