@@ -17,7 +17,7 @@ use upcycle::{
     plan::{self, Composite, Gates, Sources},
     recipe,
     source::{self, OpenOptions},
-    tune::{self, Domain, Progress, Scope, Settings, Stage, Task, Tuned, mean},
+    tune::{self, Domain, Progress, Scope, Settings, Stage, Target, Task, Tuned, mean},
     write::{self, Options, Silent},
 };
 use upcycle_architectures::View;
@@ -76,6 +76,7 @@ fn settings() -> Settings {
         batch: 2,
         window: 16,
         held_out: 4,
+        target: Target::Text,
         rate: 0.05,
         balance: 0.0,
         evaluate_every: 4,
@@ -114,7 +115,16 @@ fn tune(dir: &Path, model: &str, settings: &Settings, told: &Told) -> Tuned {
     let (composite, tokenizer) = open(&dir.join(model));
     let domain = |(expert, name): (usize, &str)| Domain { name: name.into(), file: dir.join(format!("{name}.txt")), expert: Some(expert) };
     let domains: Vec<Domain> = ["odd", "even"].into_iter().enumerate().map(domain).collect();
-    let task = Task { composite: &composite, tokenizer: &tokenizer, domains: &domains, device: Device::Cpu, dtype: DType::F32 };
+    let expert = |name: &str| source::open(&dir.join(name).to_str().unwrap().parse().unwrap(), &OpenOptions::default()).unwrap();
+    let (odd, even) = (expert("odd"), expert("even"));
+    let task = Task {
+        composite: &composite,
+        tokenizer: &tokenizer,
+        domains: &domains,
+        experts: &[&odd, &even],
+        device: Device::Cpu,
+        dtype: DType::F32,
+    };
     tune::tune(&task, settings, &dir.join("checkpoint"), told).unwrap()
 }
 
@@ -253,6 +263,23 @@ fn one_choice_of_weight_one_says_nothing_to_a_gate() {
     assert!(told.notes.into_inner().unwrap()[0].contains("no gradient"));
 }
 
+/// The loss against an expert's own predictions is least where they are the composite's: its entropy.
+#[test]
+fn experts_teach_what_they_expect() {
+    let dir = directory("llama", "classic");
+    let run = |target, steps| {
+        let _ = fs_err::remove_file(dir.path().join("checkpoint"));
+        let told = Told::default();
+        let settings = Settings { scope: Scope::Attention { rank: 8 }, target, router_steps: 0, steps, evaluate_every: 100, ..settings() };
+        tune(dir.path(), "moe", &settings, &told);
+        told.losses.into_inner().unwrap()
+    };
+    let losses = run(Target::Experts, 60);
+    let ends = [&losses[..5], &losses[55..]].map(mean);
+    assert!(ends[1] < ends[0] - 0.05, "{losses:?}");
+    assert!((losses[0] - run(Target::Text, 1)[0]).abs() > 1e-3, "the text itself says something else");
+}
+
 /// Runs `upcycle tune` with small settings; random models' figures say nothing.
 fn command(dir: &Path, args: &[&str]) -> String {
     let small = ["--window", "16", "--windows", "4", "--batch", "1", "--router-steps", "4", "--steps", "4", "--evaluate-every", "2"];
@@ -300,6 +327,7 @@ fn mistakes_are_named() {
         &["moe", "-o", "out", "--text", "odd=bytes.txt"],
         &["moe", "-o", "out", "--text", "odd=missing.txt"],
         &["moe", "-o", "base", "--text", "odd=odd.txt"],
+        &["moe", "-o", "out", "--text", "odd=odd.txt", "--learn", "experts"],
         &["moe", "-o", "out"],
     ]
     .iter()
@@ -309,11 +337,12 @@ fn mistakes_are_named() {
         shown.iter().flat_map(|shown| shown.lines()).filter(|line| line.starts_with("error") || line.starts_with("  --text")).collect();
     assert_snapshot!(said.join("\n"), @"
     error: the model is dense: it has no gates to tune; give a recipe, or the directory of a composite
-    error: text `law` belongs to no expert: name it after its expert (`odd`, `even`), or leave out the steps that need to know it (`--router-steps 0`)
+    error: text `law` belongs to no expert: name it after its expert (`odd`, `even`), or leave out what needs to know it (`--router-steps 0`, `--learn text`)
     error: text `odd` has about 4 tokens; at least 8 pieces of 16 are needed, to train on some and hold out others: give more text, or a smaller `--window`
     error: bytes.txt: byte 6 is not UTF-8: give plain text
     error: failed to query resolved metadata `missing.txt`: No such file or directory (os error 2)
     error: base is not empty; give another directory, or `--overwrite`
+    error: `--learn experts` needs the experts' own models: give the recipe instead of `moe`
     error: the following required arguments were not provided:
       --text <DOMAIN=FILE>
     ");

@@ -17,7 +17,7 @@ use upcycle::{
     plan::{self, Composite},
     recipe::{self as recipes, LINTS},
     source::{self, Source},
-    tune::{self, Domain, Scope, Settings, Stage, Task, TuneError, Tuned},
+    tune::{self, Domain, Scope, Settings, Stage, Target, Task, TuneError, Tuned},
     write::{self, Papers},
 };
 use upcycle_routers::init::DEFAULT_SEED;
@@ -65,6 +65,9 @@ pub(crate) struct Args {
     /// A step changes a weight by about this part of its size
     #[arg(long, value_name = "RATE", default_value_t = 0.01)]
     learning_rate: f64,
+    /// What to learn to expect: what stands in the text, or what the text's expert expects there (needs a recipe)
+    #[arg(long, value_name = "WHAT", default_value = "text")]
+    learn: Learn,
     /// Factor on the load-balance term: tokens are to spread over the experts
     #[arg(long, value_name = "FACTOR", default_value_t = 0.0)]
     balance: f64,
@@ -93,6 +96,15 @@ enum Also {
     Attention,
 }
 
+/// What the language model's loss is taken against.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Learn {
+    /// The text
+    Text,
+    /// The experts' predictions of it, each by its own model
+    Experts,
+}
+
 /// What is tuned, and what it is written with.
 struct Given {
     composite: Composite,
@@ -117,13 +129,19 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         fs_err::metadata(file)?;
     }
     let given = open(args)?;
-    let domains = domains(&files, &given.experts, args.router_steps > 0)?;
+    let domains = domains(&files, &given.experts, args.router_steps > 0 || args.learn == Learn::Experts)?;
+    let teachers: Vec<&Source> =
+        given.recipe.iter().flat_map(|recipe| &recipe.experts).map(|expert| given.composite.sources.get(&expert.source_model)).collect();
+    if args.learn == Learn::Experts && teachers.is_empty() {
+        bail!("`--learn experts` needs the experts' own models: give the recipe instead of `{}`", args.model);
+    }
     let base = given.composite.sources.base();
     let device = args.device.open()?;
     let task = Task {
         composite: &given.composite,
         tokenizer: &Tokenizer::open(&base.sidecars, &given.composite.plan.config)?,
         domains: &domains,
+        experts: &teachers,
         device,
         dtype: match args.device.dtype {
             DtypeChoice::Auto => DType::F32,
@@ -140,6 +158,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         batch: args.batch as usize,
         window: args.texts.window as usize,
         held_out: args.texts.windows as usize,
+        target: match args.learn {
+            Learn::Text => Target::Text,
+            Learn::Experts => Target::Experts,
+        },
         rate: args.learning_rate,
         balance: args.balance,
         evaluate_every: args.evaluate_every as usize,
@@ -199,8 +221,8 @@ fn domains(files: &[(&str, &Path)], experts: &[String], labelled: bool) -> anyho
         if expert.is_none() && labelled {
             let experts = experts.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
             bail!(
-                "text `{name}` belongs to no expert: name it after its expert ({experts}), or leave out the steps that need to know it \
-                 (`--router-steps 0`)"
+                "text `{name}` belongs to no expert: name it after its expert ({experts}), or leave out what needs to know it \
+                 (`--router-steps 0`, `--learn text`)"
             );
         }
         Ok(Domain { name: (*name).to_owned(), file: (*file).to_owned(), expert })
@@ -210,13 +232,12 @@ fn domains(files: &[(&str, &Path)], experts: &[String], labelled: bool) -> anyho
 
 /// Those that the composite was given with, and what was done to it.
 fn papers<'a>(composite: &'a Composite, given: &Given, tuned: &Tuned, settings: &Settings, domains: &[Domain]) -> Papers<'a> {
-    let mut papers = match &given.recipe {
-        Some(recipe) => write::papers(composite, recipe),
-        None => {
-            let source = composite.sources.base();
-            let read = |name: &'static str| Some((name, fs_err::read(source.location.join(name)).ok()?));
-            Papers { tokenizer: source, files: [write::RECIPE, write::CARD].into_iter().filter_map(read).collect() }
-        }
+    let mut papers = if let Some(recipe) = &given.recipe {
+        write::papers(composite, recipe)
+    } else {
+        let source = composite.sources.base();
+        let read = |name: &'static str| Some((name, fs_err::read(source.location.join(name)).ok()?));
+        Papers { tokenizer: source, files: [write::RECIPE, write::CARD].into_iter().filter_map(read).collect() }
     };
     if !tuned.changed.is_empty() {
         let what = match settings.scope {
@@ -306,13 +327,13 @@ impl tune::Progress for Progress {
     fn evaluated(&self, stage: Stage, step: usize, loss: f64, best: bool) {
         let Ok(mut since) = self.since.lock() else { return };
         let perplexity = loss.exp();
-        self.bar.suspend(|| match step {
-            0 => tracing::info!("as given: held-out perplexity {perplexity:.3}"),
-            _ => {
-                let best = if best { " (best)" } else { "" };
-                tracing::info!("{stage}, step {step}: held-out perplexity {perplexity:.3}{best}; {}", since.words());
-            }
-        });
+        let best = if best { " (best)" } else { "" };
+        let said = if step == 0 {
+            format!("as given: held-out perplexity {perplexity:.3}")
+        } else {
+            format!("{stage}, step {step}: held-out perplexity {perplexity:.3}{best}; {}", since.words())
+        };
+        self.bar.suspend(|| tracing::info!("{said}"));
         *since = Since::now();
     }
 

@@ -39,6 +39,7 @@ use crate::{
     engine::tokenizer::{Tokenizer, TokenizerError},
     inspect::perplexity::{self, Window},
     plan::Composite,
+    source::Source,
 };
 
 /// Counts changes of how training goes, so that a checkpoint is not gone on with by another.
@@ -59,6 +60,15 @@ pub struct Domain {
     pub expert: Option<usize>,
 }
 
+/// What the model is to expect.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    /// the text
+    Text,
+    /// what the text's expert expects in its own model (distillation, arXiv 1503.02531)
+    Experts,
+}
+
 /// How to train.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -74,6 +84,8 @@ pub struct Settings {
     pub window: usize,
     /// pieces of each domain held out, at most
     pub held_out: usize,
+    /// what the language model's loss is taken against
+    pub target: Target,
     /// a step of rate h changes a weight by about h of its size
     pub rate: f64,
     /// factor on the load-balance term; 0: without
@@ -94,6 +106,8 @@ pub struct Task<'a> {
     pub tokenizer: &'a Tokenizer,
     /// at least one
     pub domains: &'a [Domain],
+    /// the experts' own models in the order of their index, for [`Target::Experts`]
+    pub experts: &'a [&'a Source],
     /// where to compute
     pub device: Device,
     /// in what type
@@ -158,6 +172,9 @@ pub enum TuneError {
     /// A model without gates.
     #[error("the model is dense: it has no gates to tune; give a recipe, or the directory of a composite")]
     Dense,
+    /// Nobody to learn from.
+    #[error("to learn from the experts, their own models must be there, and every text must belong to one: give the recipe")]
+    NoTeacher,
     /// No text.
     #[error("there is no text to train on")]
     NoText,
@@ -232,7 +249,18 @@ pub fn tune(task: &Task<'_>, settings: &Settings, checkpoint: &Path, progress: &
     }
     let decoder = Decoder::load(plan.family(), &plan.config, task.composite, task.dtype, &task.device)?;
     let parameters = Parameters::new(task.composite, settings.scope, settings.seed, &task.device)?;
-    let mut run = Run { task, settings, cutter, streams, held_out, decoder, parameters, checkpoint, progress };
+    let mut teachers = BTreeMap::new();
+    if settings.target == Target::Experts {
+        for expert in task.domains.iter().filter_map(|domain| domain.expert) {
+            let source = task.experts.get(expert).ok_or(TuneError::NoTeacher)?;
+            let teacher = Decoder::load(source.family, &source.config, &*source.weights, task.dtype, &task.device)?;
+            teachers.insert(expert, teacher);
+        }
+        if task.domains.iter().any(|domain| domain.expert.is_none()) {
+            return Err(TuneError::NoTeacher);
+        }
+    }
+    let mut run = Run { task, settings, cutter, streams, held_out, decoder, teachers, parameters, checkpoint, progress };
     let (mut state, mut best) = run.resume()?;
     // The one weight of a single choice is one, whatever the gate says.
     let mute = plan.config.moe.as_ref().is_some_and(|moe| moe.top_k == 1 && moe.normalise && moe.shared_ffn.is_none());
@@ -263,6 +291,8 @@ struct Run<'a> {
     held_out: Vec<Vec<Window>>,
     /// as the model was given
     decoder: Decoder,
+    /// by the expert's index
+    teachers: BTreeMap<usize, Decoder>,
     parameters: Parameters,
     checkpoint: &'a Path,
     progress: &'a dyn Progress,
@@ -348,7 +378,7 @@ impl Run<'_> {
                     (loss.clone(), loss)
                 }
                 Stage::Language => {
-                    let losses = objective::language_loss(decoder, gates, together, self.settings.balance)?;
+                    let losses = objective::language_loss(decoder, gates, together, &self.teachers, self.settings.balance)?;
                     (losses.total, losses.language)
                 }
             };

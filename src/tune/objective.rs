@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::{D, Device, Result, Tensor, Var};
-use upcycle_architectures::decoder::{Cache, Decoder, DecoderError, Logits, Probe, Site, Step};
+use upcycle_architectures::decoder::{Cache, Decoder, DecoderError, Logits, NoProbe, Probe, Site, Step};
 use upcycle_routers::route::Routing;
 
 use crate::inspect::perplexity::Window;
@@ -97,19 +97,24 @@ pub(super) fn router_loss<'g>(
     Ok(sum.map_or_else(|| Tensor::new(0f32, &Device::Cpu), Ok)?)
 }
 
-/// Weighted negative log-likelihood of the tokens that [`crate::inspect::perplexity`] scores; plus, if `balance` is not 0, that times
-/// [`uneven`] of the mean layer.
+/// Weighted negative log-likelihood of the tokens that [`crate::inspect::perplexity`] scores, or where the piece's expert is among `teachers`
+/// the cross-entropy to what that expert expects there; plus, if `balance` is not 0, that times [`uneven`] of the mean layer.
 pub(super) fn language_loss<'g>(
     decoder: &Decoder,
     gates: impl Iterator<Item = (usize, &'g Var)>,
     pieces: &[Piece],
+    teachers: &BTreeMap<usize, Decoder>,
     balance: f64,
 ) -> std::result::Result<Losses, DecoderError> {
     let mut seen = Routers::new(decoder);
     let logits = run(decoder, pieces, Logits::All, &mut seen)?; // [N, V]
     let (mut rows, mut next, mut weights) = (Vec::new(), Vec::new(), Vec::new());
+    let mut expected = Vec::new();
     let mut start = 0;
     for piece in pieces {
+        if let Some(teacher) = piece.expert.and_then(|expert| teachers.get(&expert)) {
+            expected.push(expectations(teacher, &piece.window)?);
+        }
         for at in piece.window.scored() {
             rows.push((start + at) as u32);
             next.push(piece.window.tokens[at + 1]);
@@ -118,7 +123,13 @@ pub(super) fn language_loss<'g>(
         start += piece.window.tokens.len();
     }
     let scored = if rows.len() == start { logits } else { logits.index_select(&Tensor::new(rows.as_slice(), logits.device())?, 0)? };
-    let language = weighted(&scored, &next, &weights)?;
+    // Either every piece has a teacher or none.
+    let language = if expected.len() == pieces.len() && !rows.is_empty() {
+        let nll = (scored.log_sum_exp(D::Minus1)? - (scored * Tensor::cat(&expected, 0)?)?.sum(D::Minus1)?)?;
+        (&nll * Tensor::new(weights.as_slice(), nll.device())?)?.sum_all()?
+    } else {
+        weighted(&scored, &next, &weights)?
+    };
     let mut total = language.clone();
     if balance != 0.0 {
         let share: f64 = pieces.iter().map(|piece| piece.weight * piece.window.scored().len() as f64).sum();
@@ -130,6 +141,14 @@ pub(super) fn language_loss<'g>(
         }
     }
     Ok(Losses { total, language })
+}
+
+/// What a model expects to follow each scored token: probabilities [S, V].
+fn expectations(teacher: &Decoder, window: &Window) -> std::result::Result<Tensor, DecoderError> {
+    let mut cache = teacher.cache();
+    let logits = teacher.forward(&mut [Step { tokens: &window.tokens, cache: &mut cache, logits: Logits::All }], &mut NoProbe)?;
+    let scored = window.scored();
+    Ok(candle_nn::ops::softmax_last_dim(&logits.narrow(0, scored.start, scored.len())?.contiguous()?)?)
 }
 
 /// What is minimised, and the part of it that is told.
