@@ -19,6 +19,7 @@ mod eval;
 mod gates;
 mod inspect;
 mod recipe;
+mod sequence;
 mod serve;
 mod source;
 mod sweep;

@@ -9,6 +9,7 @@ mod prompts;
 mod solve;
 mod states;
 mod store;
+mod subspace;
 mod sweep;
 pub mod text;
 
@@ -26,6 +27,7 @@ use self::prompts::Tokenized;
 pub use self::{
     fit::{fit, settle},
     store::Store,
+    subspace::subspace,
 };
 use crate::{
     engine::{template::TemplateError, tokenizer::TokenizerError},
