@@ -123,7 +123,7 @@ fn broken_recipes() {
     3 | gate_mode: hiden
       |            ^^^^^
       |
-    hint: did you mean `hidden`? It is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `random`, `uniform_random`
+    hint: did you mean `hidden`? It is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `sequence`, `subspace`, `random`, `uniform_random`
     ");
     assert_snapshot!(compose(|dir| edit(dir, "    positive_prompts: [w8 w9]\n", "")), @"
     $ upcycle compose recipe.yml out

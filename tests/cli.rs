@@ -111,7 +111,7 @@ fn mistakes_in_a_recipe_end_with_exit_code_1() {
     3 | gate_mode: hiden
       |            ^^^^^
       |
-    hint: did you mean `hidden`? It is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `random`, `uniform_random`
+    hint: did you mean `hidden`? It is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `sequence`, `subspace`, `random`, `uniform_random`
     ");
     assert_snapshot!(with_recipe("", &["plan", "no-such.yml"]), @"
     $ upcycle plan no-such.yml

@@ -189,7 +189,7 @@ fn a_byte_order_mark_and_windows_line_ends_are_no_matter() {
     2 | gate_mode: hiden
       |            ^^^^^
       |
-    hint: did you mean `hidden`? It is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `random`, `uniform_random`
+    hint: did you mean `hidden`? It is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `sequence`, `subspace`, `random`, `uniform_random`
     ");
 }
 
@@ -412,7 +412,7 @@ fn unknown_keys_and_values() {
     2 | gate_mode: hiden
       |            ^^^^^
       |
-    hint: did you mean `hidden`? It is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `random`, `uniform_random`
+    hint: did you mean `hidden`? It is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `sequence`, `subspace`, `random`, `uniform_random`
     ");
     assert_snapshot!(told("gate_mode: hidden", "gate_mode: learned"), @"
     error: unknown value `learned` for `gate_mode`
@@ -421,7 +421,7 @@ fn unknown_keys_and_values() {
     2 | gate_mode: learned
       |            ^^^^^^^
       |
-    hint: it is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `random`, `uniform_random`
+    hint: it is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `sequence`, `subspace`, `random`, `uniform_random`
     ");
     assert_snapshot!(verdict(&with("dtype: int8"), &[]), @"
     error: unknown value `int8` for `dtype`
@@ -689,7 +689,7 @@ fn several_mistakes_are_shown_at_once() {
     2 | gate_mode: hiden
       |            ^^^^^
       |
-    hint: did you mean `hidden`? It is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `random`, `uniform_random`
+    hint: did you mean `hidden`? It is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `sequence`, `subspace`, `random`, `uniform_random`
     ");
 }
 

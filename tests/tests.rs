@@ -20,6 +20,7 @@ mod gates;
 mod identities;
 mod inspect;
 mod recipe;
+mod sequence;
 mod serve;
 mod source;
 mod stats;

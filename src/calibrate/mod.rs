@@ -11,6 +11,7 @@ mod solve;
 mod states;
 pub mod stats;
 mod store;
+mod subspace;
 mod sweep;
 pub mod text;
 
@@ -29,6 +30,7 @@ pub use self::{
     drift::{advice, drift, settle},
     fit::fit,
     store::{Found, Store},
+    subspace::subspace,
 };
 use crate::{
     engine::{template::TemplateError, tokenizer::TokenizerError},

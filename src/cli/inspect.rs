@@ -78,7 +78,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let summary = inspect::together(&whole).unwrap_or_else(|| inspect::summary(loaded.family, &loaded.config, &*loaded.weights));
     let (names, similarity) = of_recipe.map_or((None, None), |compared| (Some(compared.names), compared.similarity));
     let experts = names.unwrap_or_else(|| (0..summary.experts).map(|e| e.to_string()).collect());
-    let diagnosis = diagnose::diagnose(&inspect::gates(loaded.family, &loaded.config, &*loaded.weights)?);
+    let gates = if whole.is_empty() { inspect::gates(loaded.family, &loaded.config, &*loaded.weights)? } else { Vec::new() };
+    let diagnosis = diagnose::diagnose(&gates);
     let warnings = diagnose::warnings(&diagnosis, &experts.iter().map(String::as_str).collect::<Vec<_>>());
     let sparse = (0..loaded.config.layers).filter(|&l| loaded.config.moe.as_ref().is_some_and(|moe| moe.sparse[l]));
     let gates = sparse.zip(diagnosis).map(|(layer, diagnosis)| GateReport { layer, diagnosis }).collect();
@@ -206,7 +207,7 @@ fn print(inspection: &Inspection, loaded: &Loaded) {
         let pair = widest.map_or(String::new(), |pair| format!("{:.3} ({}, {})", pair.cosine, names[pair.a], names[pair.b]));
         vec![gate.layer.to_string(), format!("{:.2}", gate.diagnosis.condition), pair]
     });
-    if !whole {
+    if !inspection.gates.is_empty() {
         table("gates", &["layer", "condition", "largest cosine of two experts"], gates);
     }
     let percents = |shares: &[f64]| shares.iter().map(|share| format!("{:.0} %", share * 100.0)).collect::<Vec<_>>().join("  ");

@@ -63,12 +63,19 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         return Ok(());
     }
     let (parameters, active) = plan.parameters();
-    println!("output      {} ({}), {}", plan.family().architecture, plan.target.name, plan.dtype);
+    let written = recipe.gate_mode.runtime().is_none();
+    if written {
+        println!("output      {} ({}), {}", plan.family().architecture, plan.target.name, plan.dtype);
+    } else {
+        println!("output      none: {} is served from the models' own files", args.recipe.display());
+    }
     println!("experts     {}, {} per token", recipe.experts.len(), recipe.experts_per_token);
     println!("parameters  {:.2} B, {:.2} B active per token", parameters as f64 / 1e9, active as f64 / 1e9);
     println!("tensors     {}", plan.tensors.len());
-    println!("disk        {}", HumanBytes(plan.bytes()));
-    println!("memory      {} while writing", HumanBytes(memory));
+    if written {
+        println!("disk        {}", HumanBytes(plan.bytes()));
+        println!("memory      {} while writing", HumanBytes(memory));
+    }
     println!("gates       {}: {}", recipe.gate_mode.name, recipe.gate_mode.about);
     if args.tensors {
         for tensor in &plan.tensors {
@@ -99,7 +106,7 @@ fn sequence(recipe: &Recipe, args: &Args) -> anyhow::Result<()> {
     println!("experts     {}, one per sequence", models.len());
     for (name, summary) in models {
         let bytes = HumanBytes(summary.bytes.values().sum());
-        println!("            {name}: {:.2} B parameters, {bytes}", summary.parameters as f64 / 1e9);
+        println!("            {name}: {:.1} M parameters, {bytes}", summary.parameters as f64 / 1e6);
     }
     println!("gates       {}: {}", recipe.gate_mode.name, recipe.gate_mode.about);
     Ok(())

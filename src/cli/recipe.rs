@@ -93,6 +93,10 @@ pub(crate) fn composite(recipe: &mut Recipe, options: &Options, device: &DeviceA
     let place = device.open()?;
     let decoder =
         |source: &Source| Decoder::load(source.family, &source.config, &*source.weights, device.dtype(&place, &source.config), &place);
+    if recipe.gate_mode.runtime() == Some(Runtime::Subspace) {
+        let gates = calibrate::subspace(recipe, &sources)?;
+        return Ok(plan::composite(plan, sources, gates, None));
+    }
     if !recipe.fitted() {
         let calibrated = calibrate::gates(recipe, sources.base(), || decoder(sources.base()))?;
         calibrated.warnings.iter().for_each(ui::warn);

@@ -103,9 +103,9 @@ pub fn together(whole: &[Summary]) -> Option<Summary> {
     Some(all)
 }
 
-/// The gates of a sparse model, layer by layer; empty if it is dense.
+/// The gates of a sparse model, layer by layer; none if it is dense, or has routers that are no gates.
 pub fn gates(family: &Family, config: &Config, weights: &dyn Weights) -> Result<Vec<Gate>, WeightsError> {
-    let Some(moe) = &config.moe else { return Ok(Vec::new()) };
+    let Some(moe) = config.moe.as_ref().filter(|moe| moe.directions.is_none()) else { return Ok(Vec::new()) };
     let sparse = (0..config.layers).filter(|&l| moe.sparse[l]);
     sparse
         .map(|l| {

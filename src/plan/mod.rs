@@ -14,7 +14,10 @@ use upcycle_architectures::{
     AttentionPart, Config, Dtype, Family, LayerRole, Projection, Role, TensorInfo, Weights,
     upcycle::{Request, TARGETS, Target},
 };
-use upcycle_routers::{gate::Gate, init::DEFAULT_SEED};
+use upcycle_routers::{
+    gate::Gate,
+    init::{DEFAULT_SEED, Runtime, subspace},
+};
 
 pub use composite::Composite;
 pub use sequence::{Sequence, sequence};
@@ -262,7 +265,10 @@ pub fn plan(recipe: &Recipe, sources: &Sources, allow: &[String]) -> Result<Plan
             many => drop(object.insert("eos_token_id".into(), many.into())),
         }
     }
-    let config = (target.family.read)(&config_json)?;
+    let mut config = (target.family.read)(&config_json)?;
+    if let (Some(Runtime::Subspace), Some(moe)) = (recipe.gate_mode.runtime(), &mut config.moe) {
+        moe.directions = Some(subspace::DIRECTIONS);
+    }
     let gated_shared_expert = recipe.gated().count() > recipe.experts.len();
     // What is noisy or scaled on purpose is not mended.
     let plain = recipe.experts.iter().all(|expert| expert.noise_scale.is_none() && expert.residual_scale.is_none());

@@ -15,6 +15,7 @@ mod random;
 mod ridge;
 pub mod sequence;
 mod softmax;
+pub mod subspace;
 mod torch_rng;
 mod uniform;
 mod uniform_random;
@@ -133,6 +134,8 @@ pub enum How {
 pub enum Runtime {
     /// whole experts, chosen for whole sequences: [`sequence`]
     Sequence,
+    /// a router that is quadratic in its input: [`subspace`]
+    Subspace,
 }
 
 impl Runtime {
@@ -140,8 +143,9 @@ impl Runtime {
     pub fn reason(self) -> &'static str {
         match self {
             Self::Sequence => {
-                "its experts are whole models, one of which answers a whole sequence, and files of Mixture-of-Experts models share all but the MLPs"
+                "its experts are whole models, each of which answers whole sequences, and files of Mixture-of-Experts models share all but the MLPs"
             }
+            Self::Subspace => "its router is quadratic in what it sees, and files of Mixture-of-Experts models have linear gates",
         }
     }
 }
@@ -185,6 +189,7 @@ pub const METHODS: &[&Method] = &[
     &cheap_embed::METHOD,
     &uniform::METHOD,
     &sequence::METHOD,
+    &subspace::METHOD,
     &random::METHOD,
     &uniform_random::METHOD,
 ];
