@@ -3,6 +3,7 @@
 //! Data goes to stdout, everything else to stderr. Exit code 0: done; 1: the input is wrong and the message says what to change;
 //! 2: a bad command line.
 
+mod bench;
 mod chat;
 mod completions;
 mod compose;
@@ -57,6 +58,8 @@ enum Command {
     Eval(eval::Args),
     /// Show what a model is made of and where its tokens go
     Inspect(inspect::Args),
+    /// How fast a model reads and writes here
+    Bench(bench::Args),
     /// Devices, features, disk and memory
     Doctor(doctor::Args),
     /// Shell completions
@@ -77,6 +80,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Run(args) => run::run(args),
         Command::Eval(args) => eval::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Doctor(args) => doctor::run(args),
         Command::Completions(args) => {
             completions::run(&args);
