@@ -6,6 +6,7 @@
 
 mod fit;
 mod prompts;
+mod solve;
 mod states;
 mod store;
 mod sweep;

@@ -24,13 +24,13 @@ use upcycle_architectures::{
 use upcycle_routers::{
     gate::Gate,
     init::{self, FitError, Fitted},
-    linalg,
     route::{Rule, route},
     statistics::{LayerStatistics, Shape},
 };
 
 use super::{
     CalibrateError,
+    solve::{self, Seen},
     store::{Overlay, Store, Writer},
     text::Corpus,
 };
@@ -44,14 +44,10 @@ use crate::{
 const FOLDS: usize = 4;
 /// Router inputs of each expert's text that a gate is fitted to as they are; more are summed up.
 const ROWS: usize = 16_384;
-/// How strongly a fitted matrix is held to the weighted mean, relative to the mean diagonal of its inputs' moments.
-const SHARED_RIDGE: f64 = 1e-2;
-/// How strongly a down projection is held to the expert's own, likewise.
+/// How strongly a down projection is held to the expert's own, relative to the mean diagonal of its inputs' moments.
 const REPAIR_RIDGE: f64 = 0.1;
 /// Rounds of solving for one expert after the other.
 const REPAIR_ROUNDS: usize = 2;
-/// Factor on the off-diagonal of an expert's moments in the weighted mean.
-const SHRINK: f64 = 0.95;
 /// Added to each token's share of a text when embeddings are averaged by use, relative to a uniform share.
 const UNUSED: f32 = 0.02;
 
@@ -271,7 +267,7 @@ impl Sweep<'_> {
                 let (Some((ids, a)), Some((gram, w))) = (pick, &grams[e]) else { continue };
                 let left = rest.index_select(ids, 0)?.broadcast_mul(w)?;
                 let b = (left.t()?.matmul(a)? + changes[e].matmul(gram)?)?; // [D, F]
-                let change = solve(gram, REPAIR_RIDGE, &b)?;
+                let change = solve::solve(gram, REPAIR_RIDGE, &b)?;
                 let step = a.matmul(&(&changes[e] - &change)?.t()?)?;
                 *rest = rest.index_add(ids, &step, 0)?;
                 changes[e] = change;
@@ -288,27 +284,15 @@ impl Sweep<'_> {
     /// The shared matrix of a role, from each expert's own inputs `own` `[n_e, in]` and the composite's `inputs` [N, in] to `targets` [N, out].
     fn fit_matrix(&self, role: Role, texts: &Texts, own: &[Tensor], inputs: &Tensor, targets: &Tensor) -> Result<View, CalibrateError> {
         let start = self.weighted_mean(role, texts, own)?; // [out, in]
-        let weighted = inputs.broadcast_mul(&texts.weight)?;
-        let gram = weighted.t()?.matmul(inputs)?;
-        let left = (targets - inputs.matmul(&start.t()?)?)?;
-        let change = solve(&gram, SHARED_RIDGE, &left.t()?.matmul(&weighted)?)?;
-        self.round(&(start + change)?)
+        self.round(&solve::fit_near(&start, inputs, targets, &texts.weight)?)
     }
 
-    /// `(sum_e W_e G_e)(sum_e G_e)^-1`, `G_e` the shrunk second moments of expert e's own inputs.
+    /// The experts' matrices of a role, weighted by their own inputs `own` `[n_e, in]`.
     fn weighted_mean(&self, role: Role, texts: &Texts, own: &[Tensor]) -> Result<Tensor, CalibrateError> {
-        let (mut numerator, mut denominator): (Option<Tensor>, Option<Tensor>) = (None, None);
-        for ((source, z), rows) in self.experts.iter().zip(own).zip(&texts.rows) {
+        solve::weighted_mean(self.experts.iter().zip(own).zip(&texts.rows).map(|((source, inputs), rows)| {
             let weight = texts.weight.narrow(0, rows.start, rows.len())?;
-            let gram = shrink(&z.broadcast_mul(&weight)?.t()?.matmul(z)?)?;
-            let product = self.tensor(source, role)?.matmul(&gram)?;
-            numerator = Some(numerator.map_or(Ok(product.clone()), |sum| sum + product)?);
-            denominator = Some(denominator.map_or(Ok(gram.clone()), |sum| sum + gram)?);
-        }
-        match (numerator, denominator) {
-            (Some(numerator), Some(denominator)) => solve(&denominator, 1e-6, &numerator),
-            _ => Err(CalibrateError::NoExperts),
-        }
+            Ok(Seen { matrix: self.tensor(source, role)?, inputs, weight })
+        }))
     }
 
     /// The head [V, D], fitted like q but from moments alone: N logits of V entries would not fit into memory.
@@ -332,7 +316,7 @@ impl Sweep<'_> {
             let cross = own.t()?.matmul(&weighted.narrow(0, rows.start, rows.len())?)?;
             b = (b + self.tensor(source, Role::Head)?.matmul(&cross)?)?;
         }
-        self.round(&(start + solve(&gram, SHARED_RIDGE, &b)?)?)
+        self.round(&solve::correct(&start, &gram, &b)?)
     }
 
     /// Embeddings [V, D]: the experts' mean, each token weighted by how much of an expert's text it is.
@@ -441,26 +425,4 @@ fn embed(source: &Source, embedding: Option<&View>, texts: &Sequences, device: &
 /// A part of a dense layer; sources that are sparse are refused when they are planned.
 fn dense<T>(part: Option<T>) -> Result<T, CalibrateError> {
     part.ok_or(CalibrateError::NoExperts)
-}
-
-/// Off-diagonal elements times [`SHRINK`].
-fn shrink(gram: &Tensor) -> TensorResult<Tensor> {
-    let n = gram.dim(0)?;
-    let diagonal = (Tensor::eye(n, DType::F32, gram.device())? * gram)?;
-    (gram * SHRINK)? + (diagonal * (1.0 - SHRINK))?
-}
-
-/// b (gram + ridge)^-1 for b [m, n], gram [n, n]; the ridge is relative to the mean diagonal.
-fn solve(gram: &Tensor, ridge: f64, b: &Tensor) -> Result<Tensor, CalibrateError> {
-    let (m, n) = b.dims2()?;
-    let host = |tensor: &Tensor| {
-        let values = tensor.to_device(&Device::Cpu)?.contiguous()?.flatten_all()?.to_vec1::<f32>()?;
-        TensorResult::Ok(values.into_iter().map(f64::from).collect::<Vec<f64>>())
-    };
-    let mut a = host(gram)?;
-    linalg::add_ridge(&mut a, n, ridge);
-    let mut x = host(&b.t()?)?; // [n, m]
-    linalg::solve_spd(&mut a, n, &mut x, m)?;
-    let x: Vec<f32> = x.into_iter().map(|v| v as f32).collect();
-    Ok(Tensor::from_vec(x, (n, m), &Device::Cpu)?.to_device(b.device())?.t()?.contiguous()?)
 }
