@@ -86,6 +86,16 @@ fn the_environment_is_read_in_one_place() {
 }
 
 #[test]
+fn unsafe_code_stands_in_two_places() {
+    let elsewhere = |path: &Path| {
+        path != Path::new("src/source/map.rs") && !path.starts_with("architectures/src/kernels") && !path.starts_with("tests")
+    };
+    let words = ["unsafe {", "unsafe fn ", "unsafe impl "];
+    let offenders: Vec<_> = sources().filter(|(path, _)| elsewhere(path)).flat_map(|(path, text)| uses(&path, &text, &words)).collect();
+    none(&offenders, "`unsafe` stands in src/source/map.rs and architectures/src/kernels alone");
+}
+
+#[test]
 fn only_commands_print() {
     let words = ["println!", "eprintln!", "print!(", "eprint!(", "dbg!("];
     let silent = |path: &Path| !path.starts_with("src/cli") && !path.starts_with("tests") && !path.ends_with("build.rs");

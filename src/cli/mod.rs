@@ -3,6 +3,7 @@
 //! Data goes to stdout, everything else to stderr. Exit code 0: done; 1: the input is wrong and the message says what to change;
 //! 2: a bad command line.
 
+mod bench;
 mod chat;
 mod completions;
 mod compose;
@@ -67,6 +68,8 @@ enum Command {
     Stats(stats::Args),
     /// Set a composite's gates anew, from such statistics
     Gates(gates::Args),
+    /// How fast a model reads and writes here
+    Bench(bench::Args),
     /// Devices, features, disk and memory
     Doctor(doctor::Args),
     /// Shell completions
@@ -90,6 +93,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Tune(args) => tune::run(&args),
         Command::Stats(args) => stats::run(&args),
         Command::Gates(args) => gates::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Doctor(args) => doctor::run(args),
         Command::Completions(args) => {
             completions::run(&args);

@@ -3,6 +3,7 @@
 //! An [`Engine`] owns a model on a thread of its own. Requests go in as tokens, text comes back piece by piece through a channel that
 //! both threads and async tasks can wait on; dropping the receiving end cancels the request. Nothing here knows HTTP.
 
+pub mod bench;
 pub mod device;
 pub mod sampling;
 mod scheduler;

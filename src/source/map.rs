@@ -1,4 +1,4 @@
-//! Memory maps: the only `unsafe` of this package. A map is handed out as [`Bytes`], whose slices keep it alive.
+//! Memory maps: the only `unsafe` outside of the CPU's kernels. A map is handed out as [`Bytes`], whose slices keep it alive.
 
 use std::{io, path::Path};
 

@@ -3,9 +3,11 @@
 //! Sequences of any length run together: their tokens are laid end to end as rows [N, D] (N = all new tokens of all sequences), so that
 //! linear layers and experts see one matrix; only attention looks at each sequence by itself.
 //!
-//! A sequence's results do not depend on its neighbours, nor on how it is cut into calls (two rope kinds apart: see `rope.rs`), to rounding.
-//! On the CPU, a neighbour changes not even the last bit unless it carries a call, or an expert's share of one, over the border between few
-//! rows and many: the two are multiplied in ways that sum in different orders (see `matrix.rs`; seen with candle's default gemm).
+//! A sequence's results do not depend on its neighbours, nor on how it is cut into calls (two rope kinds apart: see `rope.rs`): to rounding on
+//! devices, to the last bit on the CPU, whose products and attention sum every row in the same order whatever stands beside it (`kernels`).
+//!
+//! Where a layer can be computed by the CPU's kernels, `direct` says so, and there alone: weights that are mapped bytes, activations that no
+//! gradient follows. Everything else is candle's.
 
 mod attention;
 mod block;

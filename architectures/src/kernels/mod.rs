@@ -13,6 +13,7 @@
 #![allow(clippy::inline_always, reason = "what is not inlined is not compiled for the instructions of its caller")]
 
 pub(crate) mod attention;
+pub mod peak;
 pub(crate) mod product;
 mod simd;
 mod team;

@@ -20,6 +20,8 @@ pub(crate) const CHUNK: usize = 1024;
 const TASK: usize = 128 << 10;
 /// Rows of x in a task.
 const ROWS: usize = 192;
+/// Bytes by which a stream of weights is fetched ahead of its use.
+const AHEAD: usize = 2048;
 /// Rows of weights in a tile.
 const TILE: usize = 4;
 
@@ -263,31 +265,54 @@ impl Kernel for Block<'_> {
 
 #[inline(always)]
 unsafe fn block<S: Simd, E: Stored>(b: &Block<'_>) {
-    // With one tile of x, weights are best read row by row.
-    let panel = if b.n <= S::ROWS { TILE } else { b.out };
-    for from in (0..b.out).step_by(panel) {
-        let to = (from + panel).min(b.out);
-        for at in (0..b.weights.inner).step_by(CHUNK) {
-            for row in (0..b.n).step_by(S::ROWS) {
-                // SAFETY: the caller's.
-                unsafe {
-                    match (b.n - row).min(S::ROWS) {
-                        6 => tiles::<S, E, 6>(b, from..to, at, row),
-                        5 => tiles::<S, E, 5>(b, from..to, at, row),
-                        4 => tiles::<S, E, 4>(b, from..to, at, row),
-                        3 => tiles::<S, E, 3>(b, from..to, at, row),
-                        2 => tiles::<S, E, 2>(b, from..to, at, row),
-                        _ => tiles::<S, E, 1>(b, from..to, at, row),
-                    }
+    let tiles = b.n.div_ceil(S::ROWS).max(1);
+    let rows = b.n.div_ceil(tiles);
+    let groups = b.out.div_ceil(TILE);
+    // SAFETY: the caller's.
+    unsafe {
+        if tiles == 1 {
+            // Weights are read once, in the order in which they lie.
+            for group in 0..groups {
+                let mut at = 0;
+                while at < b.weights.inner {
+                    tiles_of::<S, E>(b, group..group + 1, at, 0, rows);
+                    at += CHUNK;
                 }
+            }
+        } else {
+            let mut at = 0;
+            while at < b.weights.inner {
+                let mut row = 0;
+                while row < b.n {
+                    tiles_of::<S, E>(b, 0..groups, at, row, (b.n - row).min(rows));
+                    row += rows;
+                }
+                at += CHUNK;
             }
         }
     }
 }
 
-/// N rows of x from `row` on times rows `range` of the block, elements from `at` on.
 #[inline(always)]
-unsafe fn tiles<S: Simd, E: Stored, const N: usize>(b: &Block<'_>, range: std::ops::Range<usize>, at: usize, row: usize) {
+unsafe fn tiles_of<S: Simd, E: Stored>(b: &Block<'_>, groups: std::ops::Range<usize>, at: usize, row: usize, rows: usize) {
+    // SAFETY: the caller's.
+    unsafe {
+        match rows {
+            6 => tiles::<S, E, 6>(b, groups, at, row),
+            5 => tiles::<S, E, 5>(b, groups, at, row),
+            4 => tiles::<S, E, 4>(b, groups, at, row),
+            3 => tiles::<S, E, 3>(b, groups, at, row),
+            2 => tiles::<S, E, 2>(b, groups, at, row),
+            _ => tiles::<S, E, 1>(b, groups, at, row),
+        }
+    }
+}
+
+/// N rows of x from `row` on times groups of four rows of the block, elements from `at` on.
+///
+/// The rows of a group lie a quarter of the block apart: each of the four then is a long stream through memory, which CPUs foresee.
+#[inline(always)]
+unsafe fn tiles<S: Simd, E: Stored, const N: usize>(b: &Block<'_>, groups: std::ops::Range<usize>, at: usize, row: usize) {
     let inner = b.weights.inner;
     let len = (inner - at).min(CHUNK);
     let x: [*const f32; N] = std::array::from_fn(|i| {
@@ -299,32 +324,31 @@ unsafe fn tiles<S: Simd, E: Stored, const N: usize>(b: &Block<'_>, range: std::o
         unsafe { b.x.add(row * inner + at) }
     });
     let row_bytes = b.weights.row_bytes();
-    for first in range.clone().step_by(TILE) {
-        let valid = (range.end - first).min(TILE);
+    let stride = b.out.div_ceil(TILE);
+    for group in groups {
         // Beyond the last row stands the last row again.
+        let place: [usize; TILE] = std::array::from_fn(|i| (group + i * stride).min(b.out - 1));
         let w: [*const u8; TILE] = std::array::from_fn(|i| {
-            let weights = &b.weights.data[(b.start + first + i.min(valid - 1)) * row_bytes..];
+            let weights = &b.weights.data[(b.start + place[i]) * row_bytes..];
             // SAFETY: `at` is within the row.
             unsafe { weights.as_ptr().add(at * E::SIZE) }
         });
         // SAFETY: `len` elements are left in each row.
-        let sums = unsafe { tile::<S, E, N>(w, x, len, TILE * row_bytes) };
+        let sums = unsafe { tile::<S, E, N>(w, x, len) };
+        let valid = (b.out - group).div_ceil(stride);
         for (i, sums) in sums.iter().enumerate() {
-            // SAFETY: within the block's y.
-            let y = unsafe { std::slice::from_raw_parts_mut(b.y.add((row + i) * b.stride + first), valid) };
-            if at == 0 {
-                y.copy_from_slice(&sums[..valid]);
-            } else {
-                y.iter_mut().zip(sums).for_each(|(y, sum)| *y += sum);
+            for (place, sum) in place.iter().zip(sums).take(valid) {
+                // SAFETY: within the block's y.
+                let y = unsafe { &mut *b.y.add((row + i) * b.stride + place) };
+                *y = if at == 0 { *sum } else { *y + sum };
             }
         }
     }
 }
 
-/// The sums of products of `len` elements of each row of x with each of four rows of weights. `ahead` is where, from those rows on, weights
-/// lie that are read next.
+/// The sums of products of `len` elements of each row of x with each of four rows of weights.
 #[inline(always)]
-unsafe fn tile<S: Simd, E: Stored, const N: usize>(w: [*const u8; TILE], x: [*const f32; N], len: usize, ahead: usize) -> [[f32; TILE]; N] {
+unsafe fn tile<S: Simd, E: Stored, const N: usize>(w: [*const u8; TILE], x: [*const f32; N], len: usize) -> [[f32; TILE]; N] {
     // SAFETY: the caller's.
     unsafe {
         let mut lanes = [[S::splat(0.0); TILE]; N];
@@ -338,7 +362,7 @@ unsafe fn tile<S: Simd, E: Stored, const N: usize>(w: [*const u8; TILE], x: [*co
                 E::load::<S>(w[3].add(at * E::SIZE)),
             ];
             for w in w {
-                S::prefetch(w.wrapping_add(at * E::SIZE + ahead));
+                S::prefetch(w.wrapping_add(at * E::SIZE + AHEAD));
             }
             for (x, lanes) in x.iter().zip(&mut lanes) {
                 let x = S::load(x.add(at));

@@ -32,7 +32,7 @@ pub(super) trait Simd: Copy + 'static {
     unsafe fn mul_add(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
     /// The sums of four vectors' lanes; what one vector's is does not depend on the others.
     unsafe fn sums(x: [Self::Vector; 4]) -> [f32; 4];
-    /// Asks for the cache line of an address, which need not be valid.
+    /// Asks for the cache line of an address, which need not be valid, to be read once.
     unsafe fn prefetch(from: *const u8);
 }
 
@@ -99,7 +99,7 @@ impl Stored for F16 {
     }
 }
 
-/// Arrays, which the compiler puts into whatever vectors every CPU of the architecture has.
+/// Arrays, which the compiler puts into whatever vectors every CPU of the architecture has, given loops without closures.
 #[derive(Clone, Copy)]
 pub(super) struct Plain;
 
@@ -123,12 +123,22 @@ impl Simd for Plain {
 
     #[inline(always)]
     unsafe fn load_bf16(from: *const u8) -> Self::Vector {
-        unsafe { from.cast::<[u16; PLAIN]>().read_unaligned() }.map(|bits| f32::from_bits(u32::from(bits) << 16))
+        let bits = unsafe { from.cast::<[u16; PLAIN]>().read_unaligned() };
+        let mut x = [0.0; PLAIN];
+        for i in 0..PLAIN {
+            x[i] = f32::from_bits(u32::from(bits[i]) << 16);
+        }
+        x
     }
 
     #[inline(always)]
     unsafe fn load_f16(from: *const u8) -> Self::Vector {
-        unsafe { from.cast::<[u16; PLAIN]>().read_unaligned() }.map(|bits| f16::from_bits(bits).to_f32())
+        let bits = unsafe { from.cast::<[u16; PLAIN]>().read_unaligned() };
+        let mut x = [0.0; PLAIN];
+        for i in 0..PLAIN {
+            x[i] = f16::from_bits(bits[i]).to_f32();
+        }
+        x
     }
 
     #[inline(always)]
@@ -138,19 +148,30 @@ impl Simd for Plain {
 
     #[inline(always)]
     unsafe fn max(a: Self::Vector, b: Self::Vector) -> Self::Vector {
-        std::array::from_fn(|i| if a[i] > b[i] { a[i] } else { b[i] })
+        let mut c = a;
+        for i in 0..PLAIN {
+            c[i] = if a[i] > b[i] { a[i] } else { b[i] };
+        }
+        c
     }
 
     #[inline(always)]
-    unsafe fn mul_add(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector {
+    unsafe fn mul_add(a: Self::Vector, b: Self::Vector, mut c: Self::Vector) -> Self::Vector {
         // Without an instruction for it, `mul_add` is a call of a function.
         let fused = cfg!(any(target_arch = "aarch64", target_feature = "fma"));
-        std::array::from_fn(|i| if fused { a[i].mul_add(b[i], c[i]) } else { a[i] * b[i] + c[i] })
+        for i in 0..PLAIN {
+            c[i] = if fused { a[i].mul_add(b[i], c[i]) } else { a[i] * b[i] + c[i] };
+        }
+        c
     }
 
     #[inline(always)]
     unsafe fn sums(x: [Self::Vector; 4]) -> [f32; 4] {
-        x.map(|[a, b, c, d, e, f, g, h]| ((a + e) + (b + f)) + ((c + g) + (d + h)))
+        let mut sums = [0.0; 4];
+        for (sum, [a, b, c, d, e, f, g, h]) in sums.iter_mut().zip(x) {
+            *sum = ((a + e) + (b + f)) + ((c + g) + (d + h));
+        }
+        sums
     }
 
     #[inline(always)]
