@@ -48,7 +48,7 @@ fn compose(dir: &Path, recipe: &Recipe) -> Composite {
     let none = |_: &Source| panic!("every expert has a text");
     let corpus = text::corpus(recipe, &sources, &options, &none, &|_| ()).unwrap();
     let store = calibrate::fit(recipe, &plan, &sources, &corpus, &Device::Cpu, &dir.join("cache"), &|_, _| ()).unwrap();
-    let gates = Gates { routed: store.gates.clone(), shared: Vec::new() };
+    let gates = Gates { routed: store.found.gates.clone(), shared: Vec::new() };
     plan::composite(plan, sources, gates, Some(Arc::new(store)))
 }
 
