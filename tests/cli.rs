@@ -229,8 +229,10 @@ fn help_names_every_command() {
       run          One prompt in, text out
       eval         Perplexity per domain, beside the experts, their average and a perfect router
       inspect      Show what a model is made of and where its tokens go
+      tune         Train the gates of a composite, or its attention too, on text of each expert's kind
       stats        Gather or merge statistics of what a composite's routers see
       gates        Set a composite's gates anew, from such statistics
+      bench        How fast a model reads and writes here
       doctor       Devices, features, disk and memory
       completions  Shell completions
       help         Print this message or the help of the given subcommand(s)

@@ -44,7 +44,7 @@ fn compose(dir: &Path, recipe: &Recipe) -> Composite {
         let gates = calibrate::gates(recipe, sources.base(), || load(sources.base())).unwrap().gates;
         return plan::composite(plan, sources, gates, None);
     }
-    let options = text::TextOptions { window: 64, ..text::TextOptions::default() };
+    let options = text::TextOptions { short: 0, window: 64, ..text::TextOptions::default() };
     let none = |_: &Source| panic!("every expert has a text");
     let corpus = text::corpus(recipe, &sources, &options, &none, &|_| ()).unwrap();
     let store = calibrate::fit(recipe, &plan, &sources, &corpus, &Device::Cpu, &dir.join("cache"), &|_, _| ()).unwrap();

@@ -194,7 +194,7 @@ fn new_gates_are_all_that_changes() {
     assert_eq!(forced.find(&own.experts.iter().map(|domain| domain.expert.clone()).collect::<Vec<_>>()).unwrap(), [1, 0]);
     assert_ne!(gates(&forced, &[1, 0]), gates(&own, &[0, 1]));
     // A recipe and what is written of it are one.
-    done(dir.path(), &["stats", "recipe.yml", "-o", "recipe.stats"]);
+    done(dir.path(), &["stats", "recipe.yml", "--text", "code=code.txt", "--text", "law=law.txt", "-o", "recipe.stats"]);
     done(dir.path(), &["gates", "recipe.yml", "--stats", "recipe.stats", "--method", "ridge", "-o", "composed"]);
     let [old, new, same, composed] = ["out", "new", "same", "composed"].map(|name| open(&dir.path().join(name)));
     for name in old.weights.names() {

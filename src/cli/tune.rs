@@ -51,19 +51,19 @@ pub(crate) struct Args {
     #[arg(long, value_name = "WHAT")]
     also: Option<Also>,
     /// Rank of the change to each matrix of attention
-    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..))]
     rank: u32,
     /// Steps in which routers learn to tell the experts' texts apart, at most
-    #[arg(long, value_name = "N", default_value_t = 100)]
+    #[arg(long, value_name = "N", default_value_t = 50)]
     router_steps: u32,
     /// Steps on the language model's loss, at most
-    #[arg(long, value_name = "N", default_value_t = 400)]
+    #[arg(long, value_name = "N", default_value_t = 300)]
     steps: u32,
     /// Pieces of each text in a step
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
     batch: u32,
     /// A step changes a weight by about this part of its size
-    #[arg(long, value_name = "RATE", default_value_t = 0.01)]
+    #[arg(long, value_name = "RATE", default_value_t = 0.02)]
     learning_rate: f64,
     /// What to learn to expect: what stands in the text, or what the text's expert expects there (needs a recipe)
     #[arg(long, value_name = "WHAT", default_value = "text")]
