@@ -28,8 +28,14 @@ fn variables(case: &Case, decoder: &mut Decoder) -> Vec<(String, Var)> {
     let mut all = Vec::new();
     for (seed, (role, shape)) in case.family.tensors(&case.config).into_iter().enumerate() {
         match role {
-            Role::Layer(_, LayerRole::Router | LayerRole::SharedGate | LayerRole::InputNorm | LayerRole::PostNorm)
-            | Role::Layer(_, LayerRole::Attention(QNorm | KNorm))
+            Role::Layer(
+                _,
+                LayerRole::Router
+                | LayerRole::SharedGate
+                | LayerRole::InputNorm
+                | LayerRole::PostNorm
+                | LayerRole::Attention(QNorm | KNorm),
+            )
             | Role::FinalNorm => {
                 let fused = |l| case.family.fused_names(l).map(|names| names[0].clone());
                 let name = case.family.name(role).unwrap();

@@ -49,8 +49,12 @@ pub fn bytes(family: &Family, config: &Config, weights: &dyn Weights) -> Bytes {
     for (role, shape) in family.tensors(config) {
         let elements: usize = shape.iter().product();
         // A fused tensor has other names; its parts are of the model's own type.
-        let size =
-            family.name(role).and_then(|name| weights.info(&name)).map(|info| info.dtype).or(config.dtype).map_or(2, |dtype| dtype.size());
+        let size = family
+            .name(role)
+            .and_then(|name| weights.info(&name))
+            .map(|info| info.dtype)
+            .or(config.dtype)
+            .map_or(2, upcycle_architectures::Dtype::size);
         let share = match (role, &config.moe) {
             (Role::Layer(_, LayerRole::Expert(..)), Some(moe)) => moe.top_k as f64 / moe.experts as f64,
             (Role::Embedding, _) if !config.tied => 0.0,
