@@ -11,7 +11,7 @@ use upcycle::{
     source::{self, OpenOptions, Source},
 };
 use upcycle_architectures::decoder::{Decoder, Logits, NoProbe, Step};
-use upcycle_routers::init::{METHODS, Method};
+use upcycle_routers::init::{How, METHODS, Method};
 
 use crate::support::models;
 
@@ -62,9 +62,10 @@ fn logits(decoder: &Decoder) -> Tensor {
     decoder.forward(&mut [Step { tokens: &tokens, cache: &mut cache, logits: Logits::All }], &mut NoProbe).unwrap()
 }
 
-/// Every method with every way to share weights that goes with it.
+/// Every method that sets gates with every way to share weights that goes with it.
 fn combinations() -> impl Iterator<Item = (&'static Method, &'static str)> {
-    let all = METHODS.iter().flat_map(|method| ["base", "average", "fit"].map(|shared| (*method, shared)));
+    let gates = METHODS.iter().filter(|method| matches!(method.how, How::Prompts { .. } | How::Fitted(_)));
+    let all = gates.flat_map(|method| ["base", "average", "fit"].map(|shared| (*method, shared)));
     all.filter(|(method, shared)| *shared != "fit" || method.needs().is_none())
 }
 
