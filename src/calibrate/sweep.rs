@@ -64,8 +64,10 @@ struct Texts {
     own: Vec<Sequences>,
     all: Sequences,
     rows: Vec<Range<usize>>,
-    /// [N, 1], the same sum for every expert, mean 1; 0 where a token does not count
+    /// [N, 1], the same sum for every expert, mean 1. Tokens that do not count are among them: whoever comes after them attends to them.
     weight: Tensor,
+    /// which tokens say something about their expert: the ones that gates are fitted to [N]
+    counts: Vec<bool>,
     labels: Vec<u32>,
     folds: Vec<usize>,
 }
@@ -103,13 +105,12 @@ impl Sweep<'_> {
     }
 
     fn texts(&self, corpus: &Corpus) -> Result<Texts, CalibrateError> {
-        let (mut own, mut rows, mut weight, mut labels, mut folds) = (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut own, mut rows, mut counts, mut labels, mut folds) = (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let mut all = Vec::new();
         for (e, sequences) in corpus.experts.iter().enumerate() {
             let start = labels.len();
-            let counted = sequences.iter().flat_map(|s| &s.counts).filter(|c| **c).count().max(1);
             for (i, sequence) in sequences.iter().enumerate() {
-                weight.extend(sequence.counts.iter().map(|&counts| if counts { 1.0 / counted as f32 } else { 0.0 }));
+                counts.extend_from_slice(&sequence.counts);
                 labels.extend(sequence.tokens.iter().map(|_| e as u32));
                 folds.extend(sequence.tokens.iter().map(|_| i * FOLDS / sequences.len()));
             }
@@ -119,9 +120,9 @@ impl Sweep<'_> {
             rows.push(start..labels.len());
         }
         let n = labels.len();
-        let scale = n as f32 / corpus.experts.len() as f32;
-        let weight = Tensor::from_vec(weight.iter().map(|w| w * scale).collect::<Vec<f32>>(), (n, 1), self.device)?;
-        Ok(Texts { own, all: Sequences::new(all, &self.base.config, self.device)?, rows, weight, labels, folds })
+        let share = |label: &u32| n as f32 / (rows.len() * rows[*label as usize].len()) as f32;
+        let weight = Tensor::from_vec(labels.iter().map(share).collect::<Vec<f32>>(), (n, 1), self.device)?;
+        Ok(Texts { own, all: Sequences::new(all, &self.base.config, self.device)?, rows, weight, counts, labels, folds })
     }
 
     /// One layer: `own` and `c` go in as the residual streams entering it and come out as those leaving it.
@@ -156,7 +157,7 @@ impl Sweep<'_> {
             if self.fits() {
                 let targets = blocks.iter().zip(&inputs).map(|(b, z)| b.project(part, z)).collect::<TensorResult<Vec<_>>>()?;
                 let targets = self.without_bias(Tensor::cat(&targets, 0)?, attention(bias), self.base.config.qkv_bias)?;
-                let matrix = self.fit_matrix(attention(part), texts, &inputs, &z, &targets)?;
+                let matrix = self.fit_matrix(attention(part), texts, &inputs, (&z, &targets, &texts.weight))?;
                 self.put(store, attention(part), Some(&matrix))?;
                 self.place(&mut over, attention(part), Some(matrix));
             } else {
@@ -165,9 +166,11 @@ impl Sweep<'_> {
         }
         let z = self.block(l, &over)?.attend(&z, &texts.all)?; // [N, H hd]
         if self.fits() {
-            let targets = (Tensor::cat(&attended, 0)? - &*c)?;
+            let attended = Tensor::cat(&attended, 0)?;
+            let weight = relative(&texts.weight, &attended)?;
+            let targets = (attended - &*c)?;
             let targets = self.without_bias(targets, attention(AttentionPart::OBias), self.base.config.o_bias)?;
-            let matrix = self.fit_matrix(attention(AttentionPart::O), texts, &mixed, &z, &targets)?;
+            let matrix = self.fit_matrix(attention(AttentionPart::O), texts, &mixed, (&z, &targets, &weight))?;
             self.put(store, attention(AttentionPart::O), Some(&matrix))?;
             self.place(&mut over, attention(AttentionPart::O), Some(matrix));
         } else {
@@ -181,7 +184,9 @@ impl Sweep<'_> {
         for ((x, block), m) in own.iter_mut().zip(&blocks).zip(&attended) {
             *x = (m + dense(block.mlp_hidden(&block.mlp_input(m)?).and_then(|h| h.map(|h| block.mlp_output(&h)).transpose()))??)?;
         }
-        let target = (Tensor::cat(own, 0)? - &m)?;
+        let target = Tensor::cat(own, 0)?;
+        let weight = relative(&texts.weight, &target)?;
+        let target = (target - &m)?;
 
         let r = shared.mlp_input(&m)?; // [N, D]
         let (gate, held_out, report) = self.gate(l, texts, &r)?;
@@ -208,7 +213,7 @@ impl Sweep<'_> {
             chosen.push(Some((ids, a)));
         }
         if self.plan.repaired {
-            self.repair(l, texts, &chosen, &mut rest, store)?;
+            self.repair(l, &weight, &chosen, &mut rest, store)?;
         }
         *c = (m + (target - rest)?)?;
         Ok((gate, report))
@@ -219,12 +224,12 @@ impl Sweep<'_> {
         let (n, hidden) = r.dims2()?;
         let experts = self.experts.len();
         let host = |tensor: &Tensor| tensor.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>();
-        let (inputs, weights) = (host(r)?, host(&texts.weight)?);
+        let inputs = host(r)?;
         let mut statistics = LayerStatistics::new(Shape { hidden, domains: experts, folds: FOLDS, rows: ROWS });
         let part = |i: usize| (texts.labels[i], texts.folds[i]);
         let failed = |cause: FitError| CalibrateError::Gate { layer: l, cause };
         for run in (0..n).collect::<Vec<_>>().chunk_by(|a, b| part(*a) == part(*b)) {
-            let counted = run.iter().filter(|i| weights[**i] > 0.0);
+            let counted = run.iter().filter(|i| texts.counts[**i]);
             let rows: Vec<f32> = counted.flat_map(|i| &inputs[i * hidden..(i + 1) * hidden]).copied().collect();
             let (domain, fold) = part(run[0]);
             statistics.add(domain as usize, fold, &rows).map_err(|cause| failed(cause.into()))?;
@@ -244,7 +249,7 @@ impl Sweep<'_> {
     fn repair(
         &self,
         l: usize,
-        texts: &Texts,
+        weight: &Tensor,
         chosen: &[Option<(Tensor, Tensor)>],
         rest: &mut Tensor,
         store: &mut Writer,
@@ -253,7 +258,7 @@ impl Sweep<'_> {
         for pick in chosen {
             grams.push(match pick {
                 Some((ids, a)) => {
-                    let w = texts.weight.index_select(ids, 0)?;
+                    let w = weight.index_select(ids, 0)?;
                     Some((a.broadcast_mul(&w)?.t()?.matmul(a)?, w))
                 }
                 None => None,
@@ -280,10 +285,17 @@ impl Sweep<'_> {
         Ok(())
     }
 
-    /// The shared matrix of a role, from each expert's own inputs `own` `[n_e, in]` and the composite's `inputs` [N, in] to `targets` [N, out].
-    fn fit_matrix(&self, role: Role, texts: &Texts, own: &[Tensor], inputs: &Tensor, targets: &Tensor) -> Result<View, CalibrateError> {
+    /// The shared matrix of a role, from each expert's own inputs `own` `[n_e, in]` and the composite's inputs [N, in], targets [N, out] and
+    /// weights [N, 1].
+    fn fit_matrix(
+        &self,
+        role: Role,
+        texts: &Texts,
+        own: &[Tensor],
+        (inputs, targets, weight): (&Tensor, &Tensor, &Tensor),
+    ) -> Result<View, CalibrateError> {
         let start = self.weighted_mean(role, texts, own)?; // [out, in]
-        self.round(&solve::fit_near(&start, inputs, targets, &texts.weight)?)
+        self.round(&solve::fit_near(&start, inputs, targets, weight)?)
     }
 
     /// The experts' matrices of a role, weighted by their own inputs `own` `[n_e, in]`.
@@ -399,6 +411,13 @@ impl Sweep<'_> {
             over.insert(name, view);
         }
     }
+}
+
+/// Weights [N, 1] for errors in a residual stream [N, D], of mean 1: over its mean square, as a norm stands in front of all that reads it. Without
+/// that, the few tokens whose states are a thousand times as large as others' (a text's first; arXiv 2402.17762) would decide every fit.
+fn relative(weight: &Tensor, stream: &Tensor) -> TensorResult<Tensor> {
+    let relative = weight.div(&(stream.sqr()?.mean_keepdim(1)? + 1e-12)?)?;
+    relative.broadcast_div(&relative.mean_all()?)
 }
 
 /// A tensor of a dense model; a tied model's head is its embedding.
