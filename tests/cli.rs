@@ -229,6 +229,7 @@ fn help_names_every_command() {
       run          One prompt in, text out
       eval         Perplexity per domain, beside the experts, their average and a perfect router
       inspect      Show what a model is made of and where its tokens go
+      bench        How fast a model reads and writes here
       doctor       Devices, features, disk and memory
       completions  Shell completions
       help         Print this message or the help of the given subcommand(s)
