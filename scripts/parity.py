@@ -12,11 +12,13 @@ usage: parity.py load DIR
            write transformers' float32 logits in that same form
        parity.py generate DIR --prompt TEXT [--tokens 32]
            greedy text, to look at
+       parity.py perplexity DIR --text DOMAIN=FILE [--text ...] [--window 256] [--windows 24]
+           perplexity of each text and their geometric mean, on the windows that `upcycle eval` reads
 
 Run it under both transformers 4.5x and 5.x: what is written must load in both. Logits are compared in float32 by
 default: the weights are upcast, so the two sides differ by rounding only. Exit 1 when a check fails.
 """
-import argparse, json, logging, sys, warnings
+import argparse, json, logging, math, sys, warnings
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -106,6 +108,30 @@ def generate(a):
     return True
 
 
+@torch.no_grad()
+def perplexity(a):
+    model, tokenizer = load(a.dir, torch.float32), AutoTokenizer.from_pretrained(a.dir)
+    # Only a token that the tokenizer puts in front of every text; it is not predicted.
+    empty = tokenizer("")["input_ids"]
+    logs = []
+    for domain, file in (text.split("=", 1) for text in a.text):
+        ids = tokenizer(open(file, encoding="utf-8").read(), add_special_tokens=False, verbose=False)["input_ids"]
+        cut = [ids[i:i + a.window] for i in range(0, len(ids) - a.window + 1, a.window)]
+        count = min(a.windows, len(cut))
+        cut = [empty[:1] + cut[i * (len(cut) - 1) // max(1, count - 1)] for i in range(count)]
+        total = tokens = 0
+        for window in cut:
+            x = torch.tensor([window])
+            scored = model(x, use_cache=False).logits[0, :-1].float()
+            skip = max(len(empty[:1]) - 1, 0)
+            losses = torch.nn.functional.cross_entropy(scored, x[0, 1:], reduction="none")[skip:]
+            total, tokens = total + losses.double().sum().item(), tokens + len(losses)
+        logs.append(total / tokens)
+        print(f"{domain}: {math.exp(logs[-1]):.3f}", flush=True)
+    print(f"geometric mean: {math.exp(sum(logs) / len(logs)):.3f}")
+    return True
+
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     modes = ap.add_subparsers(dest="mode", required=True)
@@ -118,10 +144,12 @@ def main():
     p = modes.add_parser("dump"); p.add_argument("dir"); p.add_argument("ids"); p.add_argument("out")
     p = modes.add_parser("generate"); p.add_argument("dir"); p.add_argument("--prompt", action="append", required=True)
     p.add_argument("--tokens", type=int, default=32)
+    p = modes.add_parser("perplexity"); p.add_argument("dir"); p.add_argument("--text", action="append", required=True)
+    p.add_argument("--window", type=int, default=256); p.add_argument("--windows", type=int, default=24)
     a = ap.parse_args()
     transformers.logging.disable_progress_bar()
     if a.mode == "load": ok = bool(load(a.dir, torch.float32))
-    else: ok = dict(ids=write_ids, dump=dump, logits=compare_logits, generate=generate)[a.mode](a)
+    else: ok = dict(ids=write_ids, dump=dump, logits=compare_logits, generate=generate, perplexity=perplexity)[a.mode](a)
     sys.exit(not ok)
 
 

@@ -1,6 +1,7 @@
 //! Every environment variable that is read, and what it means. The Hub's variables mean what they mean to `huggingface_hub`.
 //!
-//! Two more are read by libraries: `RUST_LOG` by the log filter, and `HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY`, `NO_PROXY` by the HTTP client.
+//! More are read by libraries: `RUST_LOG` by the log filter, `RAYON_NUM_THREADS` and `CANDLE_NUM_THREADS` by the thread pools (candle's waits
+//! in a loop: on a busy machine 1 is faster, see docs/log.md), and `HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY`, `NO_PROXY` by the HTTP client.
 
 use std::{env, ffi::OsString, path::PathBuf};
 

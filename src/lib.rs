@@ -11,4 +11,5 @@ pub mod recipe;
 #[cfg(feature = "serve")]
 pub mod serve;
 pub mod source;
+pub mod tune;
 pub mod write;

@@ -123,7 +123,7 @@ fn broken_recipes() {
     3 | gate_mode: hiden
       |            ^^^^^
       |
-    hint: did you mean `hidden`? It is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `random`, `uniform_random`
+    hint: did you mean `hidden`? It is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `sequence`, `subspace`, `random`, `uniform_random`
     ");
     assert_snapshot!(compose(|dir| edit(dir, "    positive_prompts: [w8 w9]\n", "")), @"
     $ upcycle compose recipe.yml out
@@ -346,6 +346,7 @@ fn broken_checkpoints() {
     $ upcycle compose recipe.yml out
     exit 1
     --- stderr
+    warning: attention of expert `a` has drifted by 122.8 % from the base's, which the composite uses: what attention learned is lost; `shared: fit` with `gate_mode: auto` keeps most of it (`--allow drift` if it is meant)
     error: tensor `model.layers.1.block_sparse_moe.experts.1.w3.weight` has NaN or infinite values; they come from b, which is damaged: fetch it again (`--allow non-finite-weights` writes them all the same)
     ");
 }
@@ -380,6 +381,7 @@ fn broken_configs() {
     $ upcycle compose recipe.yml out
     exit 1
     --- stderr
+    warning: attention of expert `a` has drifted by 122.8 % from the base's, too far for shared weights to keep all that it learned: compare with `upcycle eval`, or serve whole experts (`gate_mode: sequence`) (`--allow drift` if it is meant)
     error: base/tokenizer.json: Model missing. at line 1 column 2; fetch it again
     ");
 }

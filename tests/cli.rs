@@ -111,7 +111,7 @@ fn mistakes_in_a_recipe_end_with_exit_code_1() {
     3 | gate_mode: hiden
       |            ^^^^^
       |
-    hint: did you mean `hidden`? It is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `random`, `uniform_random`
+    hint: did you mean `hidden`? It is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `sequence`, `subspace`, `random`, `uniform_random`
     ");
     assert_snapshot!(with_recipe("", &["plan", "no-such.yml"]), @"
     $ upcycle plan no-such.yml
@@ -163,7 +163,7 @@ fn checks_are_waived_by_name() {
     exit 2
     --- stderr
     error: invalid value 'same-modelexperts' for '--allow <NAME>'
-      [possible values: one-expert, identical-prompts, same-model-experts, first-experts, twin-prompts, twin-experts, same-endings, circular-negatives, keyword-prompts, uneven-prompts, empty-prompts, unused-prompts, rope-mismatch, eps-mismatch, vocabulary-mismatch, non-finite-weights]
+      [possible values: one-expert, identical-prompts, same-model-experts, first-experts, twin-prompts, twin-experts, same-endings, circular-negatives, keyword-prompts, uneven-prompts, empty-prompts, unused-prompts, rope-mismatch, eps-mismatch, vocabulary-mismatch, drift, non-finite-weights]
 
       tip: a similar value exists: 'same-model-experts'
 
@@ -229,6 +229,9 @@ fn help_names_every_command() {
       run          One prompt in, text out
       eval         Perplexity per domain, beside the experts, their average and a perfect router
       inspect      Show what a model is made of and where its tokens go
+      tune         Train the gates of a composite, or its attention too, on text of each expert's kind
+      stats        Gather or merge statistics of what a composite's routers see
+      gates        Set a composite's gates anew, from such statistics
       bench        How fast a model reads and writes here
       doctor       Devices, features, disk and memory
       completions  Shell completions

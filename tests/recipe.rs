@@ -189,7 +189,7 @@ fn a_byte_order_mark_and_windows_line_ends_are_no_matter() {
     2 | gate_mode: hiden
       |            ^^^^^
       |
-    hint: did you mean `hidden`? It is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `random`, `uniform_random`
+    hint: did you mean `hidden`? It is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `sequence`, `subspace`, `random`, `uniform_random`
     ");
 }
 
@@ -412,7 +412,7 @@ fn unknown_keys_and_values() {
     2 | gate_mode: hiden
       |            ^^^^^
       |
-    hint: did you mean `hidden`? It is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `random`, `uniform_random`
+    hint: did you mean `hidden`? It is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `sequence`, `subspace`, `random`, `uniform_random`
     ");
     assert_snapshot!(told("gate_mode: hidden", "gate_mode: learned"), @"
     error: unknown value `learned` for `gate_mode`
@@ -421,7 +421,7 @@ fn unknown_keys_and_values() {
     2 | gate_mode: learned
       |            ^^^^^^^
       |
-    hint: it is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `random`, `uniform_random`
+    hint: it is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `sequence`, `subspace`, `random`, `uniform_random`
     ");
     assert_snapshot!(verdict(&with("dtype: int8"), &[]), @"
     error: unknown value `int8` for `dtype`
@@ -689,7 +689,7 @@ fn several_mistakes_are_shown_at_once() {
     2 | gate_mode: hiden
       |            ^^^^^
       |
-    hint: did you mean `hidden`? It is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `random`, `uniform_random`
+    hint: did you mean `hidden`? It is one of `auto`, `softmax`, `ridge`, `lda`, `centroid`, `hidden`, `hidden_avg`, `cheap_embed`, `uniform`, `sequence`, `subspace`, `random`, `uniform_random`
     ");
 }
 
@@ -804,6 +804,16 @@ fn what_is_refused_unless_allowed() {
       = note: equal prompts give equal gates: every token would go to the first experts
     hint: give each expert prompts of what it is good at
     "#);
+    let fit = edited("gate_mode: hidden", "gate_mode: hidden\nshared: fit");
+    assert_snapshot!(verdict(&fit, &[]), @"
+    error: `shared: fit` fits the shared weights along with the gates, and `hidden` gates are not fitted
+     --> recipe.yml:2:1
+      |
+    2 | gate_mode: hidden
+      | ^^^^^^^^^
+      |
+    hint: leave `gate_mode` out, or set `shared: base` or `shared: average`
+    ");
     let same_models = SOUND.replace("source_model: two", "source_model: one");
     assert_snapshot!(verdict(&same_models, &[]), @r#"
     error[same-model-experts]: every expert is the same model

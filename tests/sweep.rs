@@ -35,15 +35,20 @@ fn recipe(dir: &Path, keys: &str, experts: &[(&str, usize)]) -> Recipe {
 }
 
 fn fitted(dir: &Path, recipe: &mut Recipe) -> Composite {
+    fit(dir, recipe).0
+}
+
+/// The composite, and how often its routers are right with K experts.
+fn fit(dir: &Path, recipe: &mut Recipe) -> (Composite, Vec<f64>) {
     let sources = Sources::open(recipe, |reference, _| source::open(reference, &OpenOptions::default())).unwrap();
-    recipe.shared = calibrate::settle(recipe, &sources).unwrap();
+    recipe.shared = calibrate::settle(recipe, &calibrate::drift(recipe, &sources).unwrap());
     let plan = plan::plan(recipe, &sources, &[]).unwrap();
-    let options = text::TextOptions { window: 64, ..text::TextOptions::default() };
+    let options = text::TextOptions { short: 0, window: 64, ..text::TextOptions::default() };
     let none = |_: &source::Source| panic!("every expert has a text");
     let corpus = text::corpus(recipe, &sources, &options, &none, &|_| ()).unwrap();
     let store = calibrate::fit(recipe, &plan, &sources, &corpus, &Device::Cpu, &dir.join("cache"), &|_, _| ()).unwrap();
-    let gates = Gates { routed: store.gates.clone(), shared: Vec::new() };
-    plan::composite(plan, sources, gates, Some(std::sync::Arc::new(store)))
+    let (gates, right) = (Gates { routed: store.found.gates.clone(), shared: Vec::new() }, store.found.right.clone());
+    (plan::composite(plan, sources, gates, Some(std::sync::Arc::new(store))), right)
 }
 
 fn logits(decoder: &Decoder) -> Tensor {
@@ -78,6 +83,23 @@ fn copies_of_one_model_stay_that_model() {
             assert!(most < 2e-3, "{family}, shared: {shared}: {most}");
         }
     }
+}
+
+#[test]
+fn where_routers_are_sure_one_expert_per_token_does() {
+    let found = |right: f64| calibrate::Found { right: vec![right, 1.0], ..Default::default() };
+    assert_eq!((found(0.995).top_k(2), found(0.97).top_k(2), calibrate::Found::default().top_k(2)), (1, 2, 2));
+    let dir = TempDir::new().unwrap();
+    for (seed, name) in ["base", "a", "b"].into_iter().enumerate() {
+        models::write(&dir.path().join(name), "llama", seed as u64);
+    }
+    let left = recipe(dir.path(), "", &[("a", 3), ("b", 20)]);
+    let set = recipe(dir.path(), "experts_per_token: 2", &[("a", 3), ("b", 20)]);
+    assert_eq!((left.choose_experts_per_token, left.experts_per_token), (true, 2));
+    assert!(!set.choose_experts_per_token);
+    // Texts of different words, so that the experts are easily told apart.
+    let (_, right) = fit(dir.path(), &mut recipe(dir.path(), "", &[("a", 3), ("b", 20)]));
+    assert!(right.len() == 2 && right[0] > 0.5 && right[1] > 0.999, "{right:?}");
 }
 
 #[test]

@@ -20,7 +20,7 @@ use upcycle_architectures::decoder::Decoder;
 
 use crate::support::models;
 
-const OPTIONS: TextOptions = TextOptions { tokens: 8192, window: 256, continuations: 6, length: 24, batch: 4, cache: None };
+const OPTIONS: TextOptions = TextOptions { tokens: 8192, short: 0, window: 256, continuations: 6, length: 24, batch: 4, cache: None };
 
 fn parse(text: &str, file: &Path) -> Recipe {
     let allow = ["one-expert", "same-model-experts", "twin-experts"].map(str::to_owned);
@@ -294,6 +294,32 @@ fn experts_go_on_from_their_prompts() {
         text.chars().filter(char::is_ascii_digit).count()
     };
     assert!(digits(&written.experts[0]) > 4 * digits(&written.experts[1]), "each writes of its own");
+}
+
+#[test]
+fn an_expert_goes_on_from_a_short_text() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("t.txt");
+    fs_err::write(&file, numbered(100)).unwrap();
+    let recipe = demo("code", &format!("text_file: {}", file.display()), "");
+    let (read, _) = corpus(&recipe, &OPTIONS);
+    let read = read.unwrap().experts.remove(0);
+    let (all, loaded) = corpus(&recipe, &TextOptions { short: 4096, ..OPTIONS });
+    let mut all = all.unwrap();
+    assert_eq!((loaded, &all.origin[..]), (1, &[Origin::Continued { file, cached: false }][..]));
+    let written = all.experts[0].split_off(read.len());
+    assert_eq!((&all.experts[0], written.len()), (&read, 6));
+    let tokenizer = tokenizer(&recipe);
+    let starts: std::collections::BTreeSet<String> = written
+        .iter()
+        .map(|sequence| {
+            let start = sequence.counts.iter().position(|counts| *counts).unwrap();
+            assert_eq!((start, sequence.counted()), (24, 24), "what it goes on from is counted where it was read");
+            tokenizer.decode(&sequence.tokens[..start]).unwrap()
+        })
+        .collect();
+    let text = numbered(100);
+    assert!(starts.len() == 6 && starts.iter().all(|start| text.contains(start.as_str())), "{starts:?}");
 }
 
 #[test]

@@ -70,6 +70,16 @@ pub struct Moe {
     pub shared_ffn: Option<usize>,
     /// whether each layer (L entries) is sparse; the others have a dense MLP
     pub sparse: Vec<bool>,
+    /// R of a router by subspaces ([`upcycle_routers::init::subspace`]), which has R rows per expert; `None`: it is a linear gate, as in every
+    /// config.json
+    pub directions: Option<usize>,
+}
+
+impl Moe {
+    /// Rows of a layer's router.
+    pub fn router_rows(&self) -> usize {
+        self.experts * self.directions.unwrap_or(1)
+    }
 }
 
 /// Activation of the MLP's gate branch.

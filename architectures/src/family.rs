@@ -220,7 +220,7 @@ impl Family {
             add(LayerRole::PostNorm, &[d]);
             match &config.moe {
                 Some(moe) if moe.sparse[l] => {
-                    add(LayerRole::Router, &[moe.experts, d]);
+                    add(LayerRole::Router, &[moe.router_rows(), d]);
                     for e in 0..moe.experts {
                         for p in Projection::ALL {
                             add(LayerRole::Expert(e, p), &p.shape(d, moe.ffn));

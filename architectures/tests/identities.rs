@@ -209,7 +209,10 @@ fn wrong_calls_are_errors() {
         decoder.forward(&mut [Step { tokens, cache: &mut cache, logits: Logits::All }], probe).unwrap_err().to_string()
     };
     assert_eq!(call(&[3, 128], decoder.cache(), &mut NoProbe), "token 128 is not in the vocabulary of 128");
-    assert_eq!(call(&[3], other.cache(), &mut NoProbe), "the cache has 4 layers, the model 2");
+    assert_eq!(
+        call(&[3], other.cache(), &mut NoProbe),
+        "the cache is another model's: it has 4 layers (of an ensemble: experts), the model 2"
+    );
     let routing = "the routing of layer 0 does not give each of 2 tokens some of 4 experts";
     assert_eq!(call(&[3, 4], decoder.cache(), &mut Broken(4, 4)), routing);
     assert_eq!(call(&[3, 4], decoder.cache(), &mut Broken(0, 3)), routing);

@@ -12,6 +12,7 @@
 mod support;
 
 mod configs;
+mod ensemble;
 mod goldens;
 mod gradients;
 mod identities;

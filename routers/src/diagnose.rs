@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::{gate::Gate, route::Routing};
 
-/// mergekit-moe's bound on the condition number.
+/// mergekit-moe's bound on a condition number.
 pub const DEGENERATE: f64 = 5.0;
 /// Gates that point the same way more than this split their tokens by chance.
 pub const COLLISION: f64 = 0.95;
@@ -19,9 +19,13 @@ pub const COLLISION: f64 = 0.95;
 pub struct Layer {
     /// σmax / σmin of the [E, D] gate; infinite (null in JSON) if a row is zero or not a number
     pub condition: f64,
+    /// The same of the gate less its mean row, of its E - 1 directions: neither which experts are chosen nor how they are weighed depends on
+    /// what all rows have in common, so this, not `condition`, says whether they can be told apart. Rows of a softmax regression add up to
+    /// nothing, which makes `condition` large and is no fault.
+    pub spread: f64,
     /// cosine of every pair of rows, a before b
     pub pairs: Vec<Pair>,
-    /// experts whose rows add up, with signs, to nearly nothing: those that dominate the weakest singular direction
+    /// experts whose rows, less the mean, add up with signs to nearly nothing: those that dominate the weakest of those directions
     pub dependent: Vec<usize>,
 }
 
@@ -37,9 +41,9 @@ pub struct Pair {
 }
 
 impl Layer {
-    /// Whether the condition number is beyond [`DEGENERATE`].
+    /// Whether `spread` is beyond [`DEGENERATE`].
     pub fn is_degenerate(&self) -> bool {
-        self.condition > DEGENERATE
+        self.spread > DEGENERATE
     }
 
     /// Experts whose gates nearly coincide, in groups: pairs beyond [`COLLISION`], joined where they share an expert.
@@ -77,17 +81,27 @@ fn layer(gate: &Gate) -> Layer {
             pairs.push(Pair { a, b, cosine });
         }
     }
-    let singular = singular_values(triangle(rows));
-    // More rows than columns are dependent in any case; as usual, the condition number then is that of the min(E, D) singular values.
-    let rank = gate.experts.min(gate.hidden);
-    let (Some((largest, _)), Some((smallest, direction))) = (singular.first(), singular.get(rank.wrapping_sub(1))) else {
-        return Layer { condition: 1.0, pairs, dependent: Vec::new() };
-    };
+    let mean: Vec<f64> = (0..gate.hidden).map(|d| rows.iter().map(|row| row[d]).sum::<f64>() / rows.len() as f64).collect();
+    let centered = rows.iter().map(|row| row.iter().zip(&mean).map(|(v, mean)| v - mean).collect()).collect();
+    let (condition, _) = condition(rows, gate.experts.min(gate.hidden));
+    let (spread, direction) = self::condition(centered, gate.experts.saturating_sub(1).min(gate.hidden));
     let heaviest = direction.iter().fold(0.0, |max: f64, v| max.max(v.abs()));
-    let dependent = (0..gate.experts).filter(|&e| direction[e].abs() >= heaviest / 2.0).collect();
-    let condition = largest / smallest;
-    let condition = if condition.is_nan() { f64::INFINITY } else { condition };
-    Layer { condition, pairs, dependent }
+    // One that stands half-way between two others weighs twice as much as they do.
+    let dependent = (0..direction.len()).filter(|&e| direction[e].abs() >= 0.4 * heaviest).collect();
+    Layer { condition, spread, pairs, dependent }
+}
+
+/// The largest of the rows' singular values over the one of index `rank` - 1, and the direction of that one. (More rows than columns are
+/// dependent in any case; as usual, the condition number then is that of the min(E, D) first.)
+fn condition(rows: Vec<Vec<f64>>, rank: usize) -> (f64, Vec<f64>) {
+    let singular = singular_values(triangle(rows));
+    match (singular.first(), singular.get(rank.wrapping_sub(1))) {
+        (Some((largest, _)), Some((smallest, direction))) => {
+            let condition = largest / smallest;
+            (if condition.is_nan() { f64::INFINITY } else { condition }, direction.clone())
+        }
+        _ => (1.0, Vec::new()),
+    }
 }
 
 /// L of the decomposition L Q with orthonormal rows of Q (modified Gram-Schmidt): [E, E] with the singular values and left vectors of [E, D].
@@ -166,7 +180,8 @@ pub fn warnings(layers: &[Layer], names: &[&str]) -> Vec<String> {
         }
     }
     let line = |((kind, experts), at): (&(Kind, Vec<usize>), &Vec<usize>)| {
-        let condition = at.iter().map(|&l| layers[l].condition).fold(0.0, f64::max);
+        let of = |layer: &Layer| if *kind == Kind::Dependent { layer.spread } else { layer.condition };
+        let condition = at.iter().map(|&l| of(&layers[l])).fold(0.0, f64::max);
         let within = |pair: &&Pair| experts.contains(&pair.a) && experts.contains(&pair.b);
         let cosine = at.iter().flat_map(|&l| layers[l].pairs.iter().filter(within)).map(|pair| pair.cosine).fold(-1.0, f64::max);
         let place = place(at, layers.len());
@@ -302,6 +317,17 @@ mod tests {
     }
 
     #[test]
+    fn what_all_rows_share_is_no_fault() {
+        // Rows that add up to nothing, as those of a softmax regression do; and rows that differ little from their mean.
+        let cancel = gate(&[&[1.0, -1.0, 0.001], &[0.0, 1.0, -1.0], &[-1.0, 0.0, 1.0]]);
+        let alike = gate(&[&[9.0, 9.5, 9.0], &[9.5, 9.0, 9.0], &[9.0, 9.0, 9.5]]);
+        for gate in [cancel, alike] {
+            let layer = layer(&gate);
+            assert!(layer.condition > 30.0 && !layer.is_degenerate(), "{layer:?}");
+        }
+    }
+
+    #[test]
     fn opposite_gates_do_not_collide() {
         assert!(layer(&gate(&[&[1.0, 0.0], &[-1.0, 0.1]])).collisions().is_empty());
     }
@@ -317,16 +343,17 @@ mod tests {
     fn warnings_say_which_layers_and_experts() {
         let sound = gate(&[&[1.0, 0.0, 0.0], &[0.0, 1.0, 0.0], &[0.0, 0.0, 1.0]]);
         let coincide = gate(&[&[1.0, 0.0, 0.0], &[0.0, 1.0, 0.0], &[1.0, 0.0, 0.01]]);
-        let cancel = gate(&[&[1.0, -1.0, 0.001], &[0.0, 1.0, -1.0], &[-1.0, 0.0, 1.0]]);
-        let layers = diagnose(&[coincide.clone(), sound.clone(), coincide.clone(), coincide, cancel, sound.clone()]);
+        // The third stands between the others: whoever it is chosen for, one of them is chosen before it.
+        let between = gate(&[&[1.0, 0.0, 0.0], &[0.0, 1.0, 0.0], &[0.5, 0.5, 0.001]]);
+        let layers = diagnose(&[coincide.clone(), sound.clone(), coincide.clone(), coincide, between, sound.clone()]);
         let lines = warnings(&layers, &["code", "math", "german"]);
         assert_eq!(
             lines,
             [
                 "layers 0, 2 and 3: gates of experts `code` and `german` nearly coincide (cosine 1.000, condition number 200): tokens are \
                  split between them almost at random; give them prompts that differ more, also in their last words",
-                "layer 4: gates of experts `code`, `math` and `german` depend on one another (cosine at most -0.499, condition number \
-                 5197): some will get few tokens; give them prompts that differ more, and negative prompts that are not the other experts' \
+                "layer 4: gates of experts `code`, `math` and `german` depend on one another (cosine at most 0.707, condition number \
+                 1225): some will get few tokens; give them prompts that differ more, and negative prompts that are not the other experts' \
                  positive ones",
             ]
         );

@@ -109,6 +109,12 @@ impl Moments {
         self.gram.iter_mut().zip(&other.gram).for_each(|(a, b)| *a += b);
     }
 
+    /// The same as if each row had been seen `factor` times.
+    fn scale(&mut self, factor: f64) {
+        self.count = (self.count as f64 * factor).round() as u64;
+        self.sum.iter_mut().chain(&mut self.gram).for_each(|v| *v *= factor);
+    }
+
     /// Adds the mean of x xᵀ, `weight` times, to a full matrix, [D, D].
     pub fn add_mean_gram(&self, weight: f64, matrix: &mut [f64]) {
         let (hidden, weight) = (self.sum.len(), weight / self.count.max(1) as f64);
@@ -176,8 +182,8 @@ impl Sample {
     }
 }
 
-/// `SplitMix64`: neighbouring numbers come out unrelated.
-fn hash(number: u64) -> u64 {
+/// `SplitMix64`: neighbouring numbers come out unrelated. Of rows numbered as they come, those with the smallest hashes are a fair sample.
+pub fn hash(number: u64) -> u64 {
     let mut z = number.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -286,6 +292,17 @@ impl LayerStatistics {
         let (moments, sample) = cell.ok_or(StatisticsError::Part { domain, fold, domains, folds })?;
         moments.add(x);
         x.chunks_exact(hidden).for_each(|row| sample.add(row, limit));
+        Ok(())
+    }
+
+    /// Adds rows, [N, D], that are a fair sample of `seen` rows and stand for all of them: the only ones of their domain and fold.
+    pub fn add_sample(&mut self, domain: usize, fold: usize, x: &[f32], seen: u64) -> Result<(), StatisticsError> {
+        self.add(domain, fold, x)?;
+        let (moments, sample) = &mut self.cells[domain][fold];
+        if seen > sample.seen && sample.seen > 0 {
+            moments.scale(seen as f64 / sample.seen as f64);
+            sample.seen = seen;
+        }
         Ok(())
     }
 
@@ -440,6 +457,23 @@ pub(crate) mod tests {
         let merged = at_once.fold(0)[0].x;
         let negative = merged.iter().filter(|v| **v < 0.0).count();
         assert!(merged.len() == 100 && (30..70).contains(&negative), "{negative}");
+    }
+
+    #[test]
+    fn a_sample_stands_for_all() {
+        let shape = Shape { hidden: 24, domains: 2, folds: 2, rows: 1000 };
+        let (mut whole, mut sampled) = (LayerStatistics::new(shape), LayerStatistics::new(shape));
+        for (domain, fold, n, times) in [(0, 0, 20, 3), (0, 1, 20, 1), (1, 0, 10, 2)] {
+            let x = rows(fold as u64, domain, n, 24);
+            (0..times).for_each(|_| whole.add(domain, fold, &x).unwrap());
+            sampled.add_sample(domain, fold, &x, (n * times) as u64).unwrap();
+        }
+        let (whole, sampled) = (whole.training(None).unwrap(), sampled.training(None).unwrap());
+        let close = |a: &[f64], b: &[f64]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-6);
+        assert!(close(&whole.gram, &sampled.gram) && close(&whole.means, &sampled.means));
+        for (whole, sampled) in whole.rows.iter().zip(&sampled.rows) {
+            assert!(sampled.weight > 0.0 && (whole.weight * whole.x.len() as f64 - sampled.weight * sampled.x.len() as f64).abs() < 1e-12);
+        }
     }
 
     #[test]

@@ -4,44 +4,15 @@ use std::path::{Path, PathBuf};
 
 use candle_core::Device;
 use sha2::{Digest as _, Sha256};
-use upcycle_architectures::{AttentionPart, LayerRole, Role, WeightsError};
 
 use super::{CalibrateError, store::Store, sweep::Sweep, text::Corpus};
 use crate::{
     plan::{Plan, Sources},
-    recipe::{Recipe, Shared},
+    recipe::Recipe,
 };
 
 /// Counts changes of how composites are fitted, so that what is kept is not taken for what would be fitted now.
-const VERSION: u32 = 1;
-
-/// What `shared: auto` means for these models: `Fit` where the gates are fitted and an expert's attention is not the base's, else `Base`.
-/// Three layers are looked at: a fine-tune that leaves those as they are leaves all.
-pub fn settle(recipe: &Recipe, sources: &Sources) -> Result<Shared, WeightsError> {
-    use AttentionPart::{K, O, Q, V};
-    if recipe.shared != Shared::Auto {
-        return Ok(recipe.shared);
-    }
-    if !recipe.fitted() {
-        return Ok(Shared::Base);
-    }
-    let base = sources.base();
-    let last = base.config.layers.saturating_sub(1);
-    for l in [0, last / 2, last] {
-        let attention = [Q, K, V, O].map(|part| Role::Layer(l, LayerRole::Attention(part)));
-        for role in attention.into_iter().chain([Role::Layer(l, LayerRole::InputNorm)]) {
-            let Some(name) = base.family.name(role) else { continue };
-            let own = base.weights.read(&name)?;
-            for expert in &recipe.experts {
-                let other = sources.get(&expert.source_model).weights.read(&name)?;
-                if own.info != other.info || own.data != other.data {
-                    return Ok(Shared::Fit);
-                }
-            }
-        }
-    }
-    Ok(Shared::Base)
-}
+const VERSION: u32 = 2;
 
 /// Runs the sweep, or takes what an earlier one of the same recipe, models and text left in `cache`. `progress` is told the layers done and
 /// how many there are.

@@ -1,14 +1,17 @@
 //! What a composite needs besides its plan: gates from the experts' prompts in the base, as mergekit makes them (`prompts`, `states`), or gates,
-//! shared weights and repaired experts fitted to text (`text`, `sweep`, `fit`).
+//! shared weights and repaired experts fitted to text (`text`, `sweep`, `fit`); and gates alone, from statistics that are kept in files (`stats`).
 //!
 //! What is gathered is only what the recipe's method needs: a model is made for states, embedding rows are read for `cheap_embed`, and
 //! nothing is touched for drawn gates. Dimensions: L layers, E experts, D hidden.
 
+mod drift;
 mod fit;
 mod prompts;
 mod solve;
 mod states;
+pub mod stats;
 mod store;
+mod subspace;
 mod sweep;
 pub mod text;
 
@@ -24,8 +27,10 @@ use upcycle_routers::{
 
 use self::prompts::Tokenized;
 pub use self::{
-    fit::{fit, settle},
-    store::Store,
+    drift::{advice, drift, settle},
+    fit::fit,
+    store::{Found, Store},
+    subspace::subspace,
 };
 use crate::{
     engine::{template::TemplateError, tokenizer::TokenizerError},
@@ -33,6 +38,9 @@ use crate::{
     recipe::{Expert, Recipe},
     source::Source,
 };
+
+/// Parts of each expert's text; what is fitted is judged by a part that it was not fitted to.
+const FOLDS: usize = 4;
 
 /// A recipe's gates, and how good they look.
 #[derive(Debug)]

@@ -81,12 +81,25 @@ struct Collector<'a> {
     states: &'a mut [Vec<PromptState>],
 }
 
+/// What leaves a layer is what enters the next one: the last need not be computed.
+fn enters(site: Site, layer: usize) -> Option<usize> {
+    match site {
+        Site::LayerInput => (layer == 0).then_some(0),
+        _ => Some(layer + 1),
+    }
+}
+
 impl Probe for Collector<'_> {
     fn wants(&self, site: Site) -> bool {
-        site == Site::LayerInput
+        matches!(site, Site::LayerInput | Site::LayerOutput)
     }
 
-    fn observe(&mut self, _: Site, layer: usize, x: &Tensor) -> Result<()> {
+    fn go_on(&self, layer: usize) -> bool {
+        layer + 2 < self.states.len()
+    }
+
+    fn observe(&mut self, site: Site, layer: usize, x: &Tensor) -> Result<()> {
+        let Some(layer) = enters(site, layer).filter(|layer| *layer < self.states.len()) else { return Ok(()) };
         let mut start = 0;
         for item in self.batch {
             let length = item.tokens.len();

@@ -32,18 +32,37 @@ pub(super) struct Writer {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Index {
     entries: BTreeMap<String, Entry>,
-    gates: Vec<Gate>,
-    notes: Vec<String>,
+    found: Found,
+}
+
+/// What a calibration found besides tensors.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Found {
+    /// one per layer, [E, D]
+    pub gates: Vec<Gate>,
+    /// what the user may want to know, a line each
+    pub notes: Vec<String>,
+    /// share of tokens, not seen when the gates were fitted, whose expert is among the K with the largest logits, for K from 1; the mean over
+    /// the layers [E]
+    pub right: Vec<f64>,
+}
+
+/// Share of tokens that must have their expert first for one expert per token to be as good as several.
+const FIRST: f64 = 0.99;
+
+impl Found {
+    /// How many of `most` experts per token do.
+    pub fn top_k(&self, most: usize) -> usize {
+        if self.right.first().is_some_and(|first| *first >= FIRST) { 1 } else { most }
+    }
 }
 
 /// What a calibration found: tensors by their name in the composite, read from the file, and the gates.
 pub struct Store {
     entries: BTreeMap<String, Entry>,
     data: bytes::Bytes,
-    /// one per layer, [E, D]
-    pub gates: Vec<Gate>,
-    /// what the user may want to know, a line each
-    pub notes: Vec<String>,
+    /// the gates, and what is to be said
+    pub found: Found,
 }
 
 impl Writer {
@@ -63,16 +82,16 @@ impl Writer {
     }
 
     /// Ends the file and gives it its final name, with an index beside it, so that [`Store::open`] finds it again.
-    pub fn finish(mut self, gates: Vec<Gate>, notes: Vec<String>, path: &Path) -> std::io::Result<Store> {
+    pub fn finish(mut self, found: Found, path: &Path) -> std::io::Result<Store> {
         self.file.flush()?;
         drop(self.file);
-        let index = Index { entries: self.entries.clone(), gates: gates.clone(), notes: notes.clone() };
+        let index = Index { entries: self.entries.clone(), found: found.clone() };
         fs_err::rename(&self.path, path)?;
         let partial = path.with_extension("partial");
         fs_err::write(&partial, serde_json::to_vec(&index)?)?;
         fs_err::rename(&partial, index_path(path))?;
         let data = if self.end == 0 { bytes::Bytes::new() } else { source::map(path)? };
-        Ok(Store { entries: self.entries, data, gates, notes })
+        Ok(Store { entries: self.entries, data, found })
     }
 }
 
@@ -85,7 +104,7 @@ impl Store {
     pub fn open(path: &Path) -> Option<Self> {
         let index: Index = serde_json::from_slice(&fs_err::read(index_path(path)).ok()?).ok()?;
         let data = if index.entries.is_empty() { bytes::Bytes::new() } else { source::map(path).ok()? };
-        let store = Self { entries: index.entries, data, gates: index.gates, notes: index.notes };
+        let store = Self { entries: index.entries, data, found: index.found };
         store.names().iter().all(|name| store.read(name).is_ok()).then_some(store)
     }
 }

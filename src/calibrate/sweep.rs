@@ -23,15 +23,15 @@ use upcycle_architectures::{
 };
 use upcycle_routers::{
     gate::Gate,
-    init::{self, FitError, Fitted},
+    init::{self, FitError, FitReport, Fitted},
     route::{Rule, route},
     statistics::{LayerStatistics, Shape},
 };
 
 use super::{
-    CalibrateError,
+    CalibrateError, FOLDS,
     solve::{self, Seen},
-    store::{Overlay, Store, Writer},
+    store::{Found, Overlay, Store, Writer},
     text::Corpus,
 };
 use crate::{
@@ -40,8 +40,6 @@ use crate::{
     source::Source,
 };
 
-/// Groups of sequences, each routed by a gate that did not see it.
-const FOLDS: usize = 4;
 /// Router inputs of each expert's text that a gate is fitted to as they are; more are summed up.
 const ROWS: usize = 16_384;
 /// How strongly a down projection is held to the expert's own, relative to the mean diagonal of its inputs' moments.
@@ -85,18 +83,19 @@ impl Sweep<'_> {
             self.put(&mut store, Role::Embedding, embedding.as_ref())?;
         }
         let mut gates = Vec::new();
-        let mut notes = Vec::new();
+        let (mut notes, mut right) = (Vec::new(), vec![0.0; self.experts.len()]);
         for l in 0..self.base.config.layers {
-            let (gate, note) = self.layer(l, &texts, &mut own, &mut c, &mut store)?;
+            let (gate, report) = self.layer(l, &texts, &mut own, &mut c, &mut store)?;
             gates.push(gate);
-            notes.push(format!("layer {l}: {note}"));
+            notes.push(format!("layer {l}: {}", report.why));
+            right.iter_mut().zip(&report.accuracy).for_each(|(sum, right)| *sum += right / self.base.config.layers as f64);
             progress(l + 1);
         }
         if self.fits() {
             let head = self.head(&texts, &own, &c)?;
             self.put(&mut store, Role::Head, Some(&head))?;
         }
-        Ok(store.finish(gates, notes, keep)?)
+        Ok(store.finish(Found { gates, notes, right }, keep)?)
     }
 
     fn fits(&self) -> bool {
@@ -133,7 +132,7 @@ impl Sweep<'_> {
         own: &mut [Tensor],
         c: &mut Tensor,
         store: &mut Writer,
-    ) -> Result<(Gate, String), CalibrateError> {
+    ) -> Result<(Gate, FitReport), CalibrateError> {
         let blocks =
             self.experts.iter().map(|e| Block::load(e.family, &e.config, &*e.weights, l, self.device)).collect::<Result<Vec<_>, _>>()?;
         let mut over = BTreeMap::new();
@@ -185,7 +184,7 @@ impl Sweep<'_> {
         let target = (Tensor::cat(own, 0)? - &m)?;
 
         let r = shared.mlp_input(&m)?; // [N, D]
-        let (gate, held_out, note) = self.gate(l, texts, &r)?;
+        let (gate, held_out, report) = self.gate(l, texts, &r)?;
         let routing = route(&held_out, self.experts.len(), Rule { top_k: self.plan.top_k(), normalise: true });
 
         // The experts under that routing.
@@ -212,11 +211,11 @@ impl Sweep<'_> {
             self.repair(l, texts, &chosen, &mut rest, store)?;
         }
         *c = (m + (target - rest)?)?;
-        Ok((gate, note))
+        Ok((gate, report))
     }
 
     /// The gate for router inputs `r`, [N, D]; logits, [N, E], of every token from the gate that did not see its fold; and how it came about.
-    fn gate(&self, l: usize, texts: &Texts, r: &Tensor) -> Result<(Gate, Vec<f32>, String), CalibrateError> {
+    fn gate(&self, l: usize, texts: &Texts, r: &Tensor) -> Result<(Gate, Vec<f32>, FitReport), CalibrateError> {
         let (n, hidden) = r.dims2()?;
         let experts = self.experts.len();
         let host = |tensor: &Tensor| tensor.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>();
@@ -237,7 +236,7 @@ impl Sweep<'_> {
             let gate = Tensor::from_slice(&gate.weight, (experts, hidden), self.device)?;
             logits.extend(host(&r.narrow(0, run[0], run.len())?.matmul(&gate.t()?)?)?);
         }
-        Ok((gate, logits, report.why))
+        Ok((gate, logits, report))
     }
 
     /// All down projections at once, one expert after the other (block Gauss-Seidel): minimises over the changes `C_e`

@@ -9,7 +9,7 @@ use upcycle::engine::{Engine, Options, Request};
 
 use super::{
     generation::GenerationArgs,
-    model::{self, DeviceArgs},
+    model::{self, DeviceArgs, Loaded},
     recipe, run, ui,
 };
 
@@ -62,7 +62,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
             (command, _) if command.starts_with('/') => ui::warn(format!("there is no command {command}; /help lists them")),
             _ => {
                 messages.push(json!({"role": "user", "content": line}));
-                match answer(&engine, &messages, args.max_tokens) {
+                match answer(&engine, &loaded, &messages, args.max_tokens) {
                     Ok(text) => messages.push(json!({"role": "assistant", "content": text})),
                     Err(error) if terminal => {
                         messages.pop();
@@ -80,8 +80,8 @@ fn opening(system: Option<String>) -> Vec<Value> {
     system.filter(|text| !text.is_empty()).map(|content| json!({"role": "system", "content": content})).into_iter().collect()
 }
 
-fn answer(engine: &Engine, messages: &[Value], max_tokens: usize) -> anyhow::Result<String> {
+fn answer(engine: &Engine, loaded: &Loaded, messages: &[Value], max_tokens: usize) -> anyhow::Result<String> {
     let prompt = engine.text().chat_prompt(messages, &Map::new())?;
     let sampling = engine.text().sampling.clone();
-    run::print(engine, Request { prompt, sampling, max_tokens: Some(max_tokens), stop: Vec::new() })
+    run::print(engine, loaded, Request { prompt, sampling, max_tokens: Some(max_tokens), stop: Vec::new() })
 }

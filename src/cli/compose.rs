@@ -153,6 +153,7 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<()> {
     write::check_directory(&args.out, &options)?;
     args.device.set_threads()?;
     let mut recipe = recipe::read(&args.recipe, &args.options)?;
+    write::check_recipe(&recipe)?;
     let composite = recipe::composite(&mut recipe, &args.options, &args.device)?;
     let written = write::write(&composite, &recipe, &args.out, &options, &ui::WriteProgress::new()).map_err(|error| match error {
         WriteError::Io(_) => anyhow!(error).context(format!("{} is unfinished; the same command goes on from there", args.out.display())),
@@ -165,7 +166,7 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<()> {
 }
 
 /// `5B`, `200M`, `1500000`: bytes, powers of ten as in mergekit (B is 10^9).
-fn size(text: &str) -> Result<u64, String> {
+pub(crate) fn size(text: &str) -> Result<u64, String> {
     let text = text.trim();
     let (digits, unit) = match text.char_indices().last() {
         Some((at, suffix)) if suffix.is_ascii_alphabetic() => (&text[..at], suffix.to_ascii_uppercase()),

@@ -7,7 +7,10 @@ use std::{
 
 use anstream::println;
 use anyhow::Context as _;
-use upcycle::{inspect, write};
+use upcycle::{
+    engine::{Engine, Options, Text},
+    inspect, write,
+};
 
 use super::{
     model::{self, DeviceArgs},
@@ -42,19 +45,20 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     println!("Wrote {}: {:.1} M parameters, {:.1} M active per token.\n", args.out.display(), all as f64 / 1e6, active as f64 / 1e6);
 
     let loaded = model::open(&args.out.to_string_lossy(), &options, &args.device)?;
-    let engine = model::engine(&loaded, &args.device)?;
+    let decoder = model::load_decoder(&loaded, &args.device)?;
+    let text = Text::open(&loaded.sidecars, &loaded.config)?;
     let most = 100 / composite.plan.top_k();
     println!("Which expert takes which text (share of the choices, mean over layers; {most}% is every token's):\n");
     println!("{:<10}{}", "text", names.iter().map(|name| format!("{name:>9}")).collect::<String>());
-    for (domain, text) in samples(&bundle)? {
-        let tokens = engine.text().prompt(&text)?;
-        let load = inspect::load(engine.decoder(), &tokens)?;
+    for (domain, sample) in samples(&bundle)? {
+        let load = inspect::load(&decoder, &text.prompt(&sample)?)?;
         let shares: String = (0..names.len())
             .map(|e| load.iter().map(|layer| layer.shares()[e]).sum::<f64>() / load.len() as f64)
             .map(|share| format!("{:>8.0}%", share * 100.0))
             .collect();
         println!("{domain:<10}{shares}");
     }
+    let engine = Engine::start(decoder, text, Options::default())?;
     for prompt in PROMPTS {
         let text = engine.generate(prompt, 48)?;
         println!("\n> {}\n{}", prompt.trim_end(), text.trim());

@@ -10,14 +10,15 @@ use upcycle::{
     calibrate,
     engine::{device::DtypeChoice, tokenizer::Tokenizer},
     inspect::{
-        evaluate::{self, Evaluation, Setting, Text},
+        evaluate::{self, Setting, Text},
         report::{Domain, Report},
     },
     plan::{self, Composite},
     recipe::{Recipe, Shared},
+    source::Source,
 };
-use upcycle_architectures::decoder::Decoder;
-use upcycle_routers::init;
+use upcycle_architectures::{Dtype, decoder::Decoder};
+use upcycle_routers::init::{self, Runtime};
 
 use super::{
     model::{self, DeviceArgs},
@@ -61,20 +62,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     for (at, model) in args.models.iter().enumerate() {
         if at == 0 && model::is_recipe(model) {
             let mut recipe = recipe::read(Path::new(model), &args.options)?;
-            let composite = recipe::composite(&mut recipe, &args.options, &args.device)?;
-            let base = composite.sources.base();
-            let tokenizer = Tokenizer::open(&base.sidecars, &base.config)?;
-            let mut windows = args.texts.cut(&texts, &tokenizer)?;
-            assign(&mut windows, &mut report, &recipe);
-            let hidden = hidden(&recipe, args, &mut report)?;
-            let evaluation = evaluate::recipe(&recipe, &composite, hidden.as_ref(), &report.experts, &windows, &setting)?;
-            let Evaluation { rows, choices, notes } = evaluation;
-            report.rows = rows;
-            report.choices = choices;
-            report.shared = recipe.shared;
-            report.fitted = recipe.fitted();
-            report.notes.extend(notes);
-            reference = Some(windows);
+            reference = Some(if recipe.gate_mode.runtime() == Some(Runtime::Sequence) {
+                sequence(&recipe, &texts, args, &setting, &mut report)?
+            } else {
+                composite(&mut recipe, &texts, args, &setting, &mut report)?
+            });
         } else {
             let loaded = model::open(model, &args.options, &args.device)?;
             let tokenizer = Tokenizer::open(&loaded.sidecars, &loaded.config).with_context(|| loaded.name.clone())?;
@@ -110,6 +102,54 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         print!("{}", report.markdown());
     }
     Ok(())
+}
+
+/// The rows of a recipe with a composite; gives what was read.
+fn composite(
+    recipe: &mut Recipe,
+    texts: &[(String, String)],
+    args: &Args,
+    setting: &Setting<'_>,
+    report: &mut Report,
+) -> anyhow::Result<Vec<Text>> {
+    let composite = recipe::composite(recipe, &args.options, &args.device)?;
+    let windows = cut(recipe, composite.sources.base(), texts, args, report)?;
+    let hidden = hidden(recipe, args, report)?;
+    report.shared = recipe.shared;
+    report.fitted = recipe.fitted();
+    report.add(evaluate::recipe(recipe, &composite, hidden.as_ref(), &report.experts, &windows, setting)?);
+    Ok(windows)
+}
+
+/// The rows of a recipe whose experts answer whole sequences; gives what was read.
+fn sequence(
+    recipe: &Recipe,
+    texts: &[(String, String)],
+    args: &Args,
+    setting: &Setting<'_>,
+    report: &mut Report,
+) -> anyhow::Result<Vec<Text>> {
+    let (sources, plan) = recipe::sequence(recipe, &args.options)?;
+    let windows = cut(recipe, sources.base(), texts, args, report)?;
+    let dtype = recipe.dtype.or(sources.base().config.dtype).unwrap_or(Dtype::Bf16);
+    let ensemble = {
+        let precise = DeviceArgs { dtype: DtypeChoice::Exactly(setting.dtype), ..args.device.clone() };
+        model::load_ensemble(&model::sequence(&recipe.file, recipe, &sources, plan), &precise)?
+    };
+    report.sequence = true;
+    report.add(evaluate::sequence(recipe, (&sources, dtype), &ensemble, &report.experts, &windows, setting)?);
+    if let Some(hidden) = hidden(recipe, args, report)? {
+        report.rows.push(evaluate::mergekit(&hidden, &windows, setting)?);
+        report.rows.sort_by_key(|row| row.kind);
+    }
+    Ok(windows)
+}
+
+/// The windows of each text in the base's tokens, and which expert each text belongs to.
+fn cut(recipe: &Recipe, base: &Source, texts: &[(String, String)], args: &Args, report: &mut Report) -> anyhow::Result<Vec<Text>> {
+    let mut windows = args.texts.cut(texts, &Tokenizer::open(&base.sidecars, &base.config)?)?;
+    assign(&mut windows, report, recipe);
+    Ok(windows)
 }
 
 /// Finds out which expert each text belongs to.

@@ -46,8 +46,12 @@ impl GenerationArgs {
             let template = ChatTemplate::new(&fs_err::read_to_string(file)?, text.tokenizer.special_tokens().clone());
             text.template = Some(template.with_context(|| file.display().to_string())?);
         }
-        let decoder = model::load_decoder(loaded, device)?;
-        Ok(Engine::start(decoder, text, Options { context: self.ctx_size, ..options })?)
+        let options = Options { context: self.ctx_size, ..options };
+        Ok(if loaded.experts.is_empty() {
+            Engine::start(model::load_decoder(loaded, device)?, text, options)?
+        } else {
+            Engine::start(model::load_ensemble(loaded, device)?, text, options)?
+        })
     }
 
     fn sampling(&self, recommended: &Sampling) -> Sampling {

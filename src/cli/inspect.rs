@@ -18,10 +18,12 @@ use upcycle::{
         self, Similarity,
         inspection::{GateReport, Inspection},
     },
+    plan::Sources,
     recipe::Recipe,
+    source::Source,
 };
-use upcycle_architectures::decoder::{Logits, NoProbe, Step};
-use upcycle_routers::diagnose;
+use upcycle_architectures::decoder::{LanguageModel, Logits, NoProbe, Step};
+use upcycle_routers::{diagnose, init::Runtime};
 
 use super::{
     model::{self, DeviceArgs, Loaded},
@@ -66,18 +68,24 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let texts = args.texts.read()?;
     let (loaded, of_recipe) = open(args)?;
     if let (Some(ids), Some(out)) = (&args.logits, &args.out) {
-        return logits(&loaded, args, ids, out);
+        return if loaded.experts.is_empty() {
+            logits(&model::load_decoder(&loaded, &args.device)?, args, ids, out)
+        } else {
+            logits(&model::load_ensemble(&loaded, &args.device)?, args, ids, out)
+        };
     }
-    let summary = inspect::summary(loaded.family, &loaded.config, &*loaded.weights);
-    let (names, similarity) = of_recipe.map_or((None, None), |compared| (Some(compared.names), Some(compared.similarity)));
+    let whole: Vec<_> = loaded.experts.iter().map(|one| inspect::summary(one.family, &one.config, &*one.weights)).collect();
+    let summary = inspect::together(&whole).unwrap_or_else(|| inspect::summary(loaded.family, &loaded.config, &*loaded.weights));
+    let (names, similarity) = of_recipe.map_or((None, None), |compared| (Some(compared.names), compared.similarity));
     let experts = names.unwrap_or_else(|| (0..summary.experts).map(|e| e.to_string()).collect());
-    let diagnosis = diagnose::diagnose(&inspect::gates(loaded.family, &loaded.config, &*loaded.weights)?);
+    let gates = if whole.is_empty() { inspect::gates(loaded.family, &loaded.config, &*loaded.weights)? } else { Vec::new() };
+    let diagnosis = diagnose::diagnose(&gates);
     let warnings = diagnose::warnings(&diagnosis, &experts.iter().map(String::as_str).collect::<Vec<_>>());
     let sparse = (0..loaded.config.layers).filter(|&l| loaded.config.moe.as_ref().is_some_and(|moe| moe.sparse[l]));
     let gates = sparse.zip(diagnosis).map(|(layer, diagnosis)| GateReport { layer, diagnosis }).collect();
     let model = loaded.name.clone();
     let mut inspection = Inspection { model, summary, experts, gates, warnings, texts: Vec::new(), head_room: Vec::new(), similarity };
-    if !texts.is_empty() && loaded.config.moe.is_none() {
+    if !texts.is_empty() && loaded.config.moe.is_none() && loaded.experts.is_empty() {
         ui::warn("texts have no effect: a dense model routes nothing (`upcycle eval` says how well it predicts them)");
     } else if !texts.is_empty() {
         follow(&mut inspection, &texts, &loaded, args)?;
@@ -95,7 +103,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         println!("{json:#}");
         return Ok(());
     }
-    print(&inspection, loaded.family.architecture);
+    print(&inspection, &loaded);
     inspection.warnings.iter().for_each(ui::warn);
     if args.tensors {
         let mut names = loaded.weights.names();
@@ -112,7 +120,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 /// A recipe's experts.
 struct Compared {
     names: Vec<String>,
-    similarity: Similarity,
+    /// `None` if it was not asked for, or the models differ in size
+    similarity: Option<Similarity>,
 }
 
 /// The model; of a recipe also the experts' names and how they compare.
@@ -122,16 +131,24 @@ fn open(args: &Args) -> anyhow::Result<(Loaded, Option<Compared>)> {
     }
     let path = Path::new(&args.model);
     let mut recipe = recipe::read(path, &args.options)?;
+    if recipe.gate_mode.runtime() == Some(Runtime::Sequence) {
+        let (sources, plan) = recipe::sequence(&recipe, &args.options)?;
+        let alike = |source: &&Source| source.family.tensors(&source.config) == sources.base().family.tensors(&sources.base().config);
+        let compared = args.logits.is_none() && sources.experts(&recipe).iter().all(alike);
+        let similarity = if compared { Some(compare(&recipe, &sources)?) } else { None };
+        let loaded = model::sequence(path, &recipe, &sources, plan);
+        let names = loaded.experts.iter().map(|expert| expert.name.clone()).collect();
+        return Ok((loaded, Some(Compared { names, similarity })));
+    }
     let composite = recipe::composite(&mut recipe, &args.options, &args.device)?;
     let names = calibrate::names(&recipe.experts.iter().collect::<Vec<_>>());
     let similarity = if args.logits.is_none() { Some(compare(&recipe, &composite.sources)?) } else { None };
-    Ok((model::composed(path, composite), similarity.map(|similarity| Compared { names, similarity })))
+    Ok((model::composed(path, composite), Some(Compared { names, similarity })))
 }
 
-fn compare(recipe: &Recipe, sources: &upcycle::plan::Sources) -> anyhow::Result<Similarity> {
-    let experts: Vec<_> = recipe.experts.iter().map(|expert| sources.get(&expert.source_model)).collect();
+fn compare(recipe: &Recipe, sources: &Sources) -> anyhow::Result<Similarity> {
     let bar = bar("comparing experts", "tensors");
-    let similarity = inspect::similarity(sources.base(), &experts, &|done, all| {
+    let similarity = inspect::similarity(sources.base(), &sources.experts(recipe), &|done, all| {
         bar.set_length(all as u64);
         bar.set_position(done as u64);
     })?;
@@ -146,10 +163,14 @@ fn follow(inspection: &mut Inspection, texts: &[(String, String)], loaded: &Load
     if let Some(note) = texts::assign(&mut windows, &inspection.experts) {
         tracing::info!("{note}");
     }
-    let decoder = model::load_decoder(loaded, &args.device)?;
     let bar = bar("reading texts", "windows");
     bar.set_length(windows.iter().map(|text| text.windows.len() as u64).sum());
-    inspection.add(&windows, inspect::traffic(&decoder, &windows, &mut || bar.inc(1))?);
+    let traffic = if loaded.experts.is_empty() {
+        inspect::traffic(&model::load_decoder(loaded, &args.device)?, &windows, &mut || bar.inc(1))?
+    } else {
+        inspect::answers(&model::load_ensemble(loaded, &args.device)?, &windows, &mut || bar.inc(1))?
+    };
+    inspection.add(&windows, traffic);
     bar.finish_and_clear();
     Ok(())
 }
@@ -159,8 +180,9 @@ fn bar(doing: &'static str, what: &str) -> ProgressBar {
     ProgressBar::new(0).with_message(doing).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
-fn print(inspection: &Inspection, architecture: &str) {
-    let summary = &inspection.summary;
+fn print(inspection: &Inspection, loaded: &Loaded) {
+    let (summary, architecture) = (&inspection.summary, loaded.family.architecture);
+    let whole = !loaded.experts.is_empty();
     println!("model       {}", inspection.model);
     println!("family      {} ({architecture})", summary.family);
     println!("layers      {}, hidden {}, ffn {}", summary.layers, summary.hidden, summary.ffn);
@@ -174,14 +196,20 @@ fn print(inspection: &Inspection, architecture: &str) {
         return;
     }
     let shared = summary.shared_expert_ffn.map_or(String::new(), |ffn| format!(", and a shared one of width {ffn}"));
-    println!("experts     {}, {} per token{shared}", summary.experts, summary.experts_per_token);
+    if whole {
+        println!("experts     {} whole models, 1 per sequence", summary.experts);
+    } else {
+        println!("experts     {}, {} per token{shared}", summary.experts, summary.experts_per_token);
+    }
     let names = &inspection.experts;
     let gates = inspection.gates.iter().map(|gate| {
         let widest = gate.diagnosis.pairs.iter().max_by(|x, y| x.cosine.abs().total_cmp(&y.cosine.abs()));
         let pair = widest.map_or(String::new(), |pair| format!("{:.3} ({}, {})", pair.cosine, names[pair.a], names[pair.b]));
         vec![gate.layer.to_string(), format!("{:.2}", gate.diagnosis.condition), pair]
     });
-    table("gates", &["layer", "condition", "largest cosine of two experts"], gates);
+    if !inspection.gates.is_empty() {
+        table("gates", &["layer", "condition", "largest cosine of two experts"], gates);
+    }
     let percents = |shares: &[f64]| shares.iter().map(|share| format!("{:.0} %", share * 100.0)).collect::<Vec<_>>().join("  ");
     for text in &inspection.texts {
         let own = text.expert.map_or(String::new(), |e| format!(", of `{}`", names[e]));
@@ -189,7 +217,8 @@ fn print(inspection: &Inspection, architecture: &str) {
             let layer = layer.as_ref()?;
             let right = text.expert.map_or(String::new(), |e| format!("{:.0} %", layer.first[e] * 100.0));
             let effective = format!("{:.2}", layer.effective_experts);
-            Some(vec![l.to_string(), right, effective, format!("{:.2}", layer.entropy), percents(&layer.load)])
+            let layer_name = if whole { "all".to_owned() } else { l.to_string() };
+            Some(vec![layer_name, right, effective, format!("{:.2}", layer.entropy), percents(&layer.load)])
         });
         let load = format!("load of {}", names.join(", "));
         table(
@@ -232,16 +261,15 @@ fn table(title: &str, header: &[&str], rows: impl Iterator<Item = Vec<String>>) 
     }
 }
 
-fn logits(loaded: &Loaded, args: &Args, ids: &Path, out: &Path) -> anyhow::Result<()> {
+fn logits(model: &impl LanguageModel, args: &Args, ids: &Path, out: &Path) -> anyhow::Result<()> {
     let text = fs_err::read_to_string(ids)?;
     let tokens: Vec<u32> = serde_json::from_str(&text).with_context(|| format!("{} is no JSON list of token ids", ids.display()))?;
-    let decoder = model::load_decoder(loaded, &args.device)?;
-    let mut cache = decoder.cache();
+    let mut cache = model.cache();
     let chunks: Vec<&[u32]> = if args.decode { tokens.chunks(1).collect() } else { vec![&tokens] };
     let mut rows = Vec::new();
     for tokens in chunks {
         let step = Step { tokens, cache: &mut cache, logits: Logits::All };
-        rows.push(decoder.forward(&mut [step], &mut NoProbe)?);
+        rows.push(model.forward(&mut [step], &mut NoProbe)?);
     }
     let logits = candle_core::Tensor::cat(&rows, 0)?.to_dtype(DType::F32)?;
     candle_core::safetensors::save(&HashMap::from([("logits", logits)]), out)?;

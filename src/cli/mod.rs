@@ -7,9 +7,11 @@ mod bench;
 mod chat;
 mod completions;
 mod compose;
+mod composite;
 mod demo;
 mod doctor;
 mod eval;
+mod gates;
 mod generation;
 mod inspect;
 mod model;
@@ -18,7 +20,9 @@ mod recipe;
 mod run;
 #[cfg(feature = "serve")]
 mod serve;
+mod stats;
 mod texts;
+mod tune;
 mod ui;
 
 use std::process::ExitCode;
@@ -58,6 +62,12 @@ enum Command {
     Eval(eval::Args),
     /// Show what a model is made of and where its tokens go
     Inspect(inspect::Args),
+    /// Train the gates of a composite, or its attention too, on text of each expert's kind
+    Tune(tune::Args),
+    /// Gather or merge statistics of what a composite's routers see
+    Stats(stats::Args),
+    /// Set a composite's gates anew, from such statistics
+    Gates(gates::Args),
     /// How fast a model reads and writes here
     Bench(bench::Args),
     /// Devices, features, disk and memory
@@ -80,6 +90,9 @@ pub(crate) fn main() -> ExitCode {
         Command::Run(args) => run::run(args),
         Command::Eval(args) => eval::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Tune(args) => tune::run(&args),
+        Command::Stats(args) => stats::run(&args),
+        Command::Gates(args) => gates::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Doctor(args) => doctor::run(args),
         Command::Completions(args) => {

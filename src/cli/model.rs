@@ -2,16 +2,20 @@
 
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
+use anyhow::Context as _;
 use candle_core::{DType, Device};
 use upcycle::{
-    engine::{
-        Engine, Options as EngineOptions, Text,
-        device::{self, DeviceChoice, DtypeChoice},
-    },
-    plan::Composite,
+    calibrate,
+    engine::device::{self, DeviceChoice, DtypeChoice},
+    plan::{Composite, Sequence, Sources},
+    recipe::Recipe,
     source::{self, Sidecar},
 };
-use upcycle_architectures::{Config, Family, Weights, decoder::Decoder};
+use upcycle_architectures::{
+    Config, Family, Weights,
+    decoder::{Decoder, Ensemble},
+};
+use upcycle_routers::init::Runtime;
 
 use super::{recipe, ui};
 
@@ -58,6 +62,23 @@ pub(crate) struct Loaded {
     pub(crate) config: Config,
     pub(crate) weights: Arc<dyn Weights>,
     pub(crate) sidecars: BTreeMap<String, Sidecar>,
+    /// whole models, of which each sequence is answered by one; none where the weights are one model's
+    pub(crate) experts: Vec<Whole>,
+}
+
+/// An expert that answers whole sequences.
+pub(crate) struct Whole {
+    pub(crate) name: String,
+    pub(crate) family: &'static Family,
+    pub(crate) config: Config,
+    pub(crate) weights: Arc<dyn Weights>,
+}
+
+impl Loaded {
+    /// The expert that answered, if one did so as a whole.
+    pub(crate) fn expert(&self, index: Option<usize>) -> Option<&str> {
+        self.experts.get(index?).map(|expert| expert.name.as_str())
+    }
 }
 
 /// Whether what the user calls a model is a recipe.
@@ -71,19 +92,54 @@ pub(crate) fn open(model: &str, options: &recipe::Options, device: &DeviceArgs) 
     let path = Path::new(model);
     if is_recipe(model) {
         let mut recipe = recipe::read(path, options)?;
+        if recipe.gate_mode.runtime() == Some(Runtime::Sequence) {
+            let (sources, plan) = recipe::sequence(&recipe, options)?;
+            return Ok(sequence(path, &recipe, &sources, plan));
+        }
         return Ok(composed(path, recipe::composite(&mut recipe, options, device)?));
     }
     let source = source::open(&model.parse()?, &ui::open_options(None))?;
     let name = path.file_name().map_or_else(|| model.to_owned(), |name| name.to_string_lossy().into_owned());
-    Ok(Loaded { name, family: source.family, config: source.config, weights: source.weights, sidecars: source.sidecars })
+    Ok(Loaded {
+        name,
+        family: source.family,
+        config: source.config,
+        weights: source.weights,
+        sidecars: source.sidecars,
+        experts: Vec::new(),
+    })
 }
 
 /// The composite of the recipe at `path` as a model.
 pub(crate) fn composed(path: &Path, composite: Composite) -> Loaded {
     let sidecars = composite.sources.base().sidecars.clone();
-    let name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+    let name = title(path);
     let (family, config) = (composite.plan.family(), composite.plan.config.clone());
-    Loaded { name, family, config, weights: Arc::new(composite), sidecars }
+    Loaded { name, family, config, weights: Arc::new(composite), sidecars, experts: Vec::new() }
+}
+
+/// The experts of the recipe at `path` as a model that each sequence chooses from.
+pub(crate) fn sequence(path: &Path, recipe: &Recipe, sources: &Sources, plan: Sequence) -> Loaded {
+    let base = sources.base();
+    let names = calibrate::names(&recipe.experts.iter().collect::<Vec<_>>());
+    let experts = sources.experts(recipe).into_iter().zip(names).map(|(source, name)| Whole {
+        name,
+        family: source.family,
+        config: source.config.clone(),
+        weights: source.weights.clone(),
+    });
+    Loaded {
+        name: title(path),
+        family: base.family,
+        config: plan.config,
+        weights: base.weights.clone(),
+        sidecars: base.sidecars.clone(),
+        experts: experts.collect(),
+    }
+}
+
+fn title(recipe: &Path) -> String {
+    recipe.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
 /// The decoder of an opened model.
@@ -93,7 +149,12 @@ pub(crate) fn load_decoder(loaded: &Loaded, args: &DeviceArgs) -> anyhow::Result
     Ok(Decoder::load(loaded.family, &loaded.config, &*loaded.weights, dtype, &device)?)
 }
 
-/// The engine over an opened model.
-pub(crate) fn engine(loaded: &Loaded, args: &DeviceArgs) -> anyhow::Result<Engine> {
-    Ok(Engine::start(load_decoder(loaded, args)?, Text::open(&loaded.sidecars, &loaded.config)?, EngineOptions::default())?)
+/// The decoders of an opened model's whole experts.
+pub(crate) fn load_ensemble(loaded: &Loaded, args: &DeviceArgs) -> anyhow::Result<Ensemble> {
+    let device = args.open()?;
+    let decoder = |expert: &Whole| {
+        let dtype = args.dtype(&device, &expert.config);
+        Decoder::load(expert.family, &expert.config, &*expert.weights, dtype, &device).with_context(|| expert.name.clone())
+    };
+    Ok(Ensemble::new(loaded.experts.iter().map(decoder).collect::<anyhow::Result<_>>()?)?)
 }

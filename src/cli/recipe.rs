@@ -2,6 +2,7 @@
 
 use std::{path::Path, sync::Arc};
 
+use anyhow::bail;
 use clap::builder::{PossibleValue, PossibleValuesParser};
 use upcycle::{
     calibrate::{self, text::TextOptions},
@@ -10,6 +11,7 @@ use upcycle::{
     source::{self, Source},
 };
 use upcycle_architectures::decoder::Decoder;
+use upcycle_routers::init::Runtime;
 
 use super::{model::DeviceArgs, ui};
 
@@ -30,7 +32,7 @@ pub(crate) struct Options {
 /// Reads and checks the recipe; warnings go to stderr.
 pub(crate) fn read(path: &Path, options: &Options) -> anyhow::Result<Recipe> {
     let (mut recipe, warnings) = recipe::read(path, &options.allow)?;
-    warnings.iter().for_each(ui::problem);
+    warnings.iter().for_each(ui::doubt);
     recipe.seed = options.random_seed.or(recipe.seed);
     Ok(recipe)
 }
@@ -63,8 +65,16 @@ fn beside(reference: &ModelRef, directory: &Path) -> ModelRef {
     place
 }
 
-/// Plans; warnings go to stderr.
-pub(crate) fn plan(recipe: &Recipe, sources: &Sources, options: &Options) -> anyhow::Result<Plan> {
+/// Decides what the recipe leaves open, and plans; warnings go to stderr.
+pub(crate) fn plan(recipe: &mut Recipe, sources: &Sources, options: &Options) -> anyhow::Result<Plan> {
+    // What does not fit together at all is said first.
+    plan::plan(recipe, sources, &options.allow)?;
+    let drift = calibrate::drift(recipe, sources)?;
+    recipe.shared = calibrate::settle(recipe, &drift);
+    let names = calibrate::names(&recipe.experts.iter().collect::<Vec<_>>());
+    if let Some(advice) = calibrate::advice(recipe.shared, &drift, &names).filter(|_| !options.allow.iter().any(|name| name == "drift")) {
+        ui::warn(format!("{advice} (`--allow drift` if it is meant)"));
+    }
     let plan = plan::plan(recipe, sources, &options.allow)?;
     plan.warnings.iter().for_each(ui::warn);
     Ok(plan)
@@ -72,12 +82,21 @@ pub(crate) fn plan(recipe: &Recipe, sources: &Sources, options: &Options) -> any
 
 /// Recipe to composite: opens, plans, sets the gates, and fits what the recipe asks for. Nothing is written but the cache.
 pub(crate) fn composite(recipe: &mut Recipe, options: &Options, device: &DeviceArgs) -> anyhow::Result<Composite> {
+    if recipe.gate_mode.runtime() == Some(Runtime::Sequence) {
+        bail!(
+            "`gate_mode: sequence` makes no composite, since {}; `upcycle serve`, `chat`, `run`, `eval` and `inspect` take it",
+            Runtime::Sequence.reason()
+        );
+    }
     let sources = open(recipe)?;
-    recipe.shared = calibrate::settle(recipe, &sources)?;
-    let plan = plan(recipe, &sources, options)?;
+    let mut plan = plan(recipe, &sources, options)?;
     let place = device.open()?;
     let decoder =
         |source: &Source| Decoder::load(source.family, &source.config, &*source.weights, device.dtype(&place, &source.config), &place);
+    if recipe.gate_mode.runtime() == Some(Runtime::Subspace) {
+        let gates = calibrate::subspace(recipe, &sources)?;
+        return Ok(plan::composite(plan, sources, gates, None));
+    }
     if !recipe.fitted() {
         let calibrated = calibrate::gates(recipe, sources.base(), || decoder(sources.base()))?;
         calibrated.warnings.iter().for_each(ui::warn);
@@ -94,9 +113,24 @@ pub(crate) fn composite(recipe: &mut Recipe, options: &Options, device: &DeviceA
         bar.set_message("fitting layer");
     })?;
     bar.finish_and_clear();
-    fitted.notes.iter().for_each(|note| tracing::debug!("{note}"));
-    let gates = Gates { routed: fitted.gates.clone(), shared: Vec::new() };
+    fitted.found.notes.iter().for_each(|note| tracing::debug!("{note}"));
+    let gates = Gates { routed: fitted.found.gates.clone(), shared: Vec::new() };
+    let top_k = fitted.found.top_k(recipe.experts_per_token);
+    if recipe.choose_experts_per_token && top_k < recipe.experts_per_token {
+        let right = 100.0 * fitted.found.right[0];
+        tracing::info!("{top_k} expert per token: {right:.1} % of tokens left out of the fit have the right one first");
+        recipe.experts_per_token = top_k;
+        plan = plan::plan(recipe, &sources, &options.allow)?;
+    }
     Ok(plan::composite(plan, sources, gates, Some(Arc::new(fitted))))
+}
+
+/// Opens and checks the models of a recipe whose experts answer whole sequences; warnings go to stderr.
+pub(crate) fn sequence(recipe: &Recipe, options: &Options) -> anyhow::Result<(Sources, plan::Sequence)> {
+    let sources = open(recipe)?;
+    let plan = plan::sequence(recipe, &sources, &options.allow)?;
+    plan.warnings.iter().for_each(ui::warn);
+    Ok((sources, plan))
 }
 
 /// One part of a tensor in words.
@@ -111,6 +145,7 @@ pub(crate) fn describe(part: &Part, sources: &Sources) -> String {
         }
         Part::Mean { of } => format!("mean of {}", of.iter().map(|(source, _)| name(source)).collect::<Vec<_>>().join(", ")),
         Part::Fitted { .. } => "fitted".into(),
+        Part::Tuned { .. } => "tuned".into(),
         Part::Gate { .. } => "gate".into(),
         Part::SharedGate { .. } => "gate of the shared expert".into(),
         Part::Zeros { .. } => "zeros".into(),

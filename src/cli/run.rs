@@ -10,7 +10,7 @@ use upcycle::engine::{Engine, Finish, Options, Request};
 
 use super::{
     generation::GenerationArgs,
-    model::{self, DeviceArgs},
+    model::{self, DeviceArgs, Loaded},
     recipe,
 };
 
@@ -60,12 +60,12 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         text.chat_prompt(&messages, &Map::new())?
     };
     let sampling = text.sampling.clone();
-    print(&engine, Request { prompt, sampling, max_tokens: Some(args.max_tokens), stop: args.stop })?;
+    print(&engine, &loaded, Request { prompt, sampling, max_tokens: Some(args.max_tokens), stop: args.stop })?;
     Ok(())
 }
 
 /// Prints the text to stdout as it comes and returns it.
-pub(super) fn print(engine: &Engine, request: Request) -> anyhow::Result<String> {
+pub(super) fn print(engine: &Engine, loaded: &Loaded, request: Request) -> anyhow::Result<String> {
     let mut out = io::stdout().lock();
     let mut text = String::new();
     let mut written = Ok(());
@@ -80,6 +80,9 @@ pub(super) fn print(engine: &Engine, request: Request) -> anyhow::Result<String>
     }
     if let Some(finish) = finish {
         tracing::debug!("{}", statistics(&finish));
+        if let Some(expert) = loaded.expert(finish.expert) {
+            tracing::debug!("answered by {expert}");
+        }
     }
     Ok(text)
 }

@@ -28,12 +28,12 @@ pub(crate) struct TextArgs {
 /// A text and its domain's name.
 #[derive(Debug, Clone)]
 pub(crate) struct NamedFile {
-    name: String,
-    file: PathBuf,
+    pub(crate) name: String,
+    pub(crate) file: PathBuf,
 }
 
 /// `NAME=FILE`, or `FILE`, whose name without its ending then names the domain.
-fn named_file(text: &str) -> Result<NamedFile, String> {
+pub(crate) fn named_file(text: &str) -> Result<NamedFile, String> {
     let (name, file) = match text.split_once('=') {
         Some((name, file)) => (name.trim().to_owned(), PathBuf::from(file)),
         None => (Path::new(text).file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default(), PathBuf::from(text)),
@@ -42,17 +42,21 @@ fn named_file(text: &str) -> Result<NamedFile, String> {
 }
 
 impl TextArgs {
-    /// Names and contents.
-    pub(crate) fn read(&self) -> anyhow::Result<Vec<(String, String)>> {
-        let mut texts: Vec<(String, String)> = Vec::new();
+    /// Names and files.
+    pub(crate) fn named(&self) -> anyhow::Result<Vec<(&str, &Path)>> {
+        let mut named: Vec<(&str, &Path)> = Vec::new();
         for NamedFile { name, file } in &self.texts {
-            let text = fs_err::read_to_string(file)?;
-            if texts.iter().any(|(other, _)| other == name) {
+            if named.iter().any(|(other, _)| other == name) {
                 bail!("there are two texts named `{name}`: join the files, or name them apart (`--text NAME=FILE`)");
             }
-            texts.push((name.clone(), text));
+            named.push((name, file));
         }
-        Ok(texts)
+        Ok(named)
+    }
+
+    /// Names and contents.
+    pub(crate) fn read(&self) -> anyhow::Result<Vec<(String, String)>> {
+        self.named()?.into_iter().map(|(name, file)| Ok((name.to_owned(), fs_err::read_to_string(file)?))).collect()
     }
 
     /// The windows of each text in a model's tokens.
@@ -73,9 +77,15 @@ impl TextArgs {
 
 /// Finds out which expert each text belongs to; the note says so if that was guessed.
 pub(crate) fn assign(texts: &mut [Text], experts: &[String]) -> Option<String> {
-    let domains: Vec<&str> = texts.iter().map(|text| text.name.as_str()).collect();
-    let (matched, by_order) = evaluate::match_experts(&domains, experts);
-    let pairs: Vec<String> = domains.iter().zip(experts).map(|(domain, expert)| format!("`{domain}` to `{expert}`")).collect();
+    let (matched, note) = matched(&texts.iter().map(|text| text.name.as_str()).collect::<Vec<_>>(), experts);
     texts.iter_mut().zip(matched).for_each(|(text, expert)| text.expert = expert);
-    by_order.then(|| format!("no text is named after an expert, so they were assigned in their order: {}", pairs.join(", ")))
+    note
+}
+
+/// The expert of each domain; the note says so if that was guessed.
+pub(crate) fn matched(domains: &[&str], experts: &[String]) -> (Vec<Option<usize>>, Option<String>) {
+    let (matched, by_order) = evaluate::match_experts(domains, experts);
+    let pairs: Vec<String> = domains.iter().zip(experts).map(|(domain, expert)| format!("`{domain}` to `{expert}`")).collect();
+    let note = by_order.then(|| format!("no text is named after an expert, so they were assigned in their order: {}", pairs.join(", ")));
+    (matched, note)
 }

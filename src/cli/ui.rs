@@ -1,6 +1,12 @@
 //! How the commands talk: messages to stderr in the form `error: what`, `caused by: ...`, `hint: what to do`.
 
-use std::{process::ExitCode, sync::Arc};
+use std::{
+    process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use anstream::{AutoStream, ColorChoice, eprintln};
 use anstyle::{AnsiColor, Style};
@@ -15,8 +21,12 @@ const ERROR: Style = AnsiColor::Red.on_default().bold();
 const WARNING: Style = AnsiColor::Yellow.on_default().bold();
 const HINT: Style = AnsiColor::Cyan.on_default().bold();
 
+/// Whether only errors are to be said.
+static QUIET: AtomicBool = AtomicBool::new(false);
+
 /// Sets up logging to stderr: warnings by default, `-v` what is done, `-vv` how, `-q` errors alone. `RUST_LOG` overrides.
 pub(crate) fn init(verbose: u8, quiet: bool) {
+    QUIET.store(quiet, Ordering::Relaxed);
     let level = match (quiet, verbose) {
         (true, _) => "error",
         (_, 0) => "warn,upcycle=info",
@@ -59,13 +69,23 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// Prints what is wrong or doubtful in a recipe.
+/// Prints what is wrong in a recipe.
 pub(crate) fn problem(problem: &Problem) {
     eprintln!("{}\n", problem.styled());
 }
 
-/// Prints a warning.
+/// Prints what is doubtful in a recipe, unless told to be quiet.
+pub(crate) fn doubt(doubt: &Problem) {
+    if !QUIET.load(Ordering::Relaxed) {
+        problem(doubt);
+    }
+}
+
+/// Prints a warning, unless told to be quiet.
 pub(crate) fn warn(message: impl std::fmt::Display) {
+    if QUIET.load(Ordering::Relaxed) {
+        return;
+    }
     eprintln!("{WARNING}warning{WARNING:#}: {message}");
 }
 

@@ -1,6 +1,6 @@
-//! Text in, text out: tokenizer, chat template, sampling, sequences and their scheduler over one decoder.
+//! Text in, text out: tokenizer, chat template, sampling, sequences and their scheduler over one model.
 //!
-//! An [`Engine`] owns a decoder on a thread of its own. Requests go in as tokens, text comes back piece by piece through a channel that
+//! An [`Engine`] owns a model on a thread of its own. Requests go in as tokens, text comes back piece by piece through a channel that
 //! both threads and async tasks can wait on; dropping the receiving end cancels the request. Nothing here knows HTTP.
 
 pub mod bench;
@@ -26,7 +26,7 @@ use std::{
 
 use serde_json::{Map, Value, json};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
-use upcycle_architectures::decoder::Decoder;
+use upcycle_architectures::decoder::LanguageModel;
 
 pub use self::{
     sampling::{Sampling, SamplingError},
@@ -142,6 +142,8 @@ pub struct Finish {
     pub prefill: Duration,
     /// from the first token to the last
     pub decode: Duration,
+    /// the expert that answered, where one does so as a whole
+    pub expert: Option<usize>,
 }
 
 /// Why a text ended.
@@ -207,10 +209,9 @@ pub enum EngineError {
     Thread(#[source] std::io::Error),
 }
 
-/// A decoder at work on its own thread.
+/// A model at work on its own thread.
 #[derive(Debug)]
 pub struct Engine {
-    decoder: Arc<Decoder>,
     text: Text,
     options: Options,
     context: usize,
@@ -224,19 +225,20 @@ pub struct Engine {
 
 impl Engine {
     /// Starts the thread.
-    pub fn start(decoder: Decoder, text: Text, options: Options) -> Result<Self, EngineError> {
-        let decoder = Arc::new(decoder);
-        let config = decoder.config();
+    pub fn start<M>(model: M, text: Text, options: Options) -> Result<Self, EngineError>
+    where
+        M: LanguageModel + Send + 'static,
+    {
+        let config = model.config();
         let (context, vocab) = (options.context.unwrap_or(usize::MAX).min(config.max_positions), config.vocab);
         let (inbox, jobs) = mpsc::channel();
         let abort = Arc::new(AtomicBool::new(false));
         let thread = std::thread::Builder::new().name("engine".into()).spawn({
-            let (decoder, abort) = (decoder.clone(), abort.clone());
+            let abort = abort.clone();
             let ends = text.tokenizer.eos().iter().copied().chain(text.turn_end()).collect();
-            move || scheduler::run(&decoder, &ends, &options, &jobs, &abort)
+            move || scheduler::run(&model, &ends, &options, &jobs, &abort)
         });
         Ok(Self {
-            decoder,
             text,
             options,
             context,
@@ -247,11 +249,6 @@ impl Engine {
             abort,
             thread: Some(thread.map_err(EngineError::Thread)?),
         })
-    }
-
-    /// The model that runs here; other users of it share its device.
-    pub fn decoder(&self) -> &Decoder {
-        &self.decoder
     }
 
     /// Text to tokens and back.

@@ -15,7 +15,7 @@ use std::{
 };
 
 use tokio::sync::mpsc::UnboundedSender;
-use upcycle_architectures::decoder::{Cache, Decoder, DecoderError, Logits, NoProbe, Step};
+use upcycle_architectures::decoder::{DecoderError, LanguageModel, Logits, NoProbe, Step};
 
 use super::{
     Event, Finish, FinishReason, Options,
@@ -55,19 +55,21 @@ pub(super) struct Job {
 }
 
 /// A request that runs.
-struct Sequence {
+struct Sequence<C> {
     job: Job,
-    /// prompt and text; those beyond `cache.len()` are still to be read
+    /// prompt and text
     tokens: Vec<u32>,
-    cache: Cache,
+    /// how many of them the model has read
+    read: usize,
+    cache: C,
     started: Instant,
     first_token: Option<Instant>,
 }
 
 /// Runs requests until the inbox is closed and all are finished. The tokens `ends` end a text; while `abort` is set, nothing runs.
-pub(super) fn run(decoder: &Decoder, ends: &BTreeSet<u32>, options: &Options, inbox: &mpsc::Receiver<Job>, abort: &AtomicBool) {
+pub(super) fn run(model: &impl LanguageModel, ends: &BTreeSet<u32>, options: &Options, inbox: &mpsc::Receiver<Job>, abort: &AtomicBool) {
     let mut waiting = VecDeque::new();
-    let mut active = Vec::new();
+    let mut active: Vec<Sequence<_>> = Vec::new();
     loop {
         if active.is_empty() && waiting.is_empty() {
             match inbox.recv() {
@@ -77,20 +79,20 @@ pub(super) fn run(decoder: &Decoder, ends: &BTreeSet<u32>, options: &Options, in
         }
         waiting.extend(inbox.try_iter());
         if abort.load(Ordering::Relaxed) {
-            let stopped = active.drain(..).map(|sequence: Sequence| sequence.job).chain(waiting.drain(..));
+            let stopped = active.drain(..).map(|sequence| sequence.job).chain(waiting.drain(..));
             stopped.for_each(|job| fail(&job, "the engine is shutting down"));
             continue;
         }
         waiting.retain(|job: &Job| !job.events.is_closed());
         active.retain(|sequence| !sequence.job.events.is_closed());
         let free = options.parallel.max(1).saturating_sub(active.len()).min(waiting.len());
-        active.extend(waiting.drain(..free).map(|job| Sequence::new(job, decoder)));
+        active.extend(waiting.drain(..free).map(|job| Sequence::new(job, model.cache())));
 
-        match pass(decoder, &mut active, options.chunk) {
+        match pass(model, &mut active, options.chunk) {
             Ok(rows) => {
                 let mut rows = rows.into_iter();
                 active.retain_mut(|sequence| match rows.next().flatten() {
-                    Some(mut logits) => sequence.take(&mut logits, ends).is_continue(),
+                    Some(mut logits) => sequence.take(&mut logits, ends, model).is_continue(),
                     None => true,
                 });
             }
@@ -101,17 +103,18 @@ pub(super) fn run(decoder: &Decoder, ends: &BTreeSet<u32>, options: &Options, in
 }
 
 /// One pass. Returns a row of logits for each sequence that has nothing left to read.
-fn pass(decoder: &Decoder, active: &mut [Sequence], chunk: usize) -> Result<Vec<Option<Vec<f32>>>, DecoderError> {
+fn pass<M: LanguageModel>(model: &M, active: &mut [Sequence<M::Cache>], chunk: usize) -> Result<Vec<Option<Vec<f32>>>, DecoderError> {
     let mut room = chunk.max(1);
     let mut steps = Vec::with_capacity(active.len());
     let mut complete = Vec::with_capacity(active.len());
-    for Sequence { tokens, cache, .. } in active {
-        let unread = &tokens[cache.len()..];
+    for Sequence { tokens, read, cache, .. } in active {
+        let unread = &tokens[*read..];
         let now = if unread.len() == 1 { 1 } else { unread.len().min(room) };
         if unread.len() > 1 {
             room -= now;
         }
         complete.push(now == unread.len());
+        *read += now;
         if now > 0 {
             let logits = if now == unread.len() { Logits::Last } else { Logits::None };
             steps.push(Step { tokens: &unread[..now], cache, logits });
@@ -120,26 +123,26 @@ fn pass(decoder: &Decoder, active: &mut [Sequence], chunk: usize) -> Result<Vec<
     if steps.is_empty() {
         return Ok(Vec::new());
     }
-    let logits = decoder.forward(&mut steps, &mut NoProbe)?;
+    let logits = model.forward(&mut steps, &mut NoProbe)?;
     let rows = if complete.contains(&true) { logits.to_vec2()? } else { Vec::new() };
     let mut rows = rows.into_iter();
     Ok(complete.into_iter().map(|complete| if complete { rows.next() } else { None }).collect())
 }
 
-impl Sequence {
-    fn new(job: Job, decoder: &Decoder) -> Self {
-        Self { tokens: job.prompt.clone(), cache: decoder.cache(), started: Instant::now(), first_token: None, job }
+impl<C> Sequence<C> {
+    fn new(job: Job, cache: C) -> Self {
+        Self { tokens: job.prompt.clone(), read: 0, cache, started: Instant::now(), first_token: None, job }
     }
 
     /// Chooses the next token and says what it means; breaks when the text is complete.
-    fn take(&mut self, logits: &mut [f32], ends: &BTreeSet<u32>) -> ControlFlow<()> {
+    fn take(&mut self, logits: &mut [f32], ends: &BTreeSet<u32>, model: &impl LanguageModel<Cache = C>) -> ControlFlow<()> {
         let token = self.job.sampler.sample(logits);
         self.tokens.push(token);
         self.first_token.get_or_insert_with(Instant::now);
         match self.show(token, ends) {
             Ok(None) => ControlFlow::Continue(()),
             Ok(Some(reason)) => {
-                self.send(Event::Done(self.finish(reason)));
+                self.send(Event::Done(self.finish(reason, model.answering(&self.cache))));
                 ControlFlow::Break(())
             }
             Err(error) => {
@@ -173,7 +176,7 @@ impl Sequence {
         Ok(if stopped { Some(FinishReason::Stop) } else { end })
     }
 
-    fn finish(&self, reason: FinishReason) -> Finish {
+    fn finish(&self, reason: FinishReason, expert: Option<usize>) -> Finish {
         let first = self.first_token.unwrap_or(self.started);
         Finish {
             reason,
@@ -181,6 +184,7 @@ impl Sequence {
             completion_tokens: self.tokens.len() - self.job.prompt.len(),
             prefill: first - self.started,
             decode: first.elapsed(),
+            expert,
         }
     }
 

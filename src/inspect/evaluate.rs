@@ -4,9 +4,10 @@
 
 use candle_core::{DType, Device};
 use upcycle_architectures::{
-    Config, Family, Weights, WeightsError,
-    decoder::{Decoder, DecoderError},
+    Config, Dtype, Family, Weights, WeightsError,
+    decoder::{Decoder, DecoderError, Ensemble, Probe},
 };
+use upcycle_routers::route::Routing;
 
 use super::{
     average::Average,
@@ -14,7 +15,11 @@ use super::{
     report::{Kind, Row},
     routing::{Choices, Observer, Router},
 };
-use crate::{plan::Composite, recipe::Recipe, source::Source};
+use crate::{
+    plan::{Composite, Sources},
+    recipe::Recipe,
+    source::Source,
+};
 
 /// A text of one domain.
 #[derive(Debug, Clone)]
@@ -93,8 +98,73 @@ pub fn recipe(
     texts: &[Text],
     setting: &Setting<'_>,
 ) -> Result<Evaluation, EvalError> {
+    let mut evaluation = dense(recipe, &composite.sources, composite.plan.dtype, names, texts, setting)?;
+    if let Some(hidden) = hidden {
+        evaluation.rows.push(mergekit(hidden, texts, setting)?);
+    }
+    let decoder = load("this recipe", composite, setting)?;
+    let composite = |name: &str, kind, router: &dyn Fn(&Text) -> Option<Router>| read(name, kind, &decoder, texts, setting, router);
+    evaluation.rows.push(composite("uniform", Kind::Uniform, &|_| Some(Router::Uniform))?.0);
+    let (row, choices) = composite("this recipe", Kind::Recipe, &|_| Some(Router::Gates))?;
+    evaluation.rows.push(row);
+    evaluation.choices = choices;
+    evaluation.rows.push(composite("perfect router", Kind::Perfect, &|text| text.expert.map(Router::Only))?.0);
+    evaluation.rows.sort_by_key(|row| row.kind);
+    Ok(evaluation)
+}
+
+/// The rows of a recipe whose experts answer whole sequences: `ensemble`. The average is held in `dtype`.
+pub fn sequence(
+    recipe: &Recipe,
+    (sources, dtype): (&Sources, Dtype),
+    ensemble: &Ensemble,
+    names: &[String],
+    texts: &[Text],
+    setting: &Setting<'_>,
+) -> Result<Evaluation, EvalError> {
+    let mut evaluation = dense(recipe, sources, dtype, names, texts, setting)?;
+    let name = "this recipe";
+    setting.progress.begin(name, texts.iter().map(|text| text.windows.len()).sum());
+    let (mut losses, mut read, mut tokens) = (Vec::new(), 0, 0);
+    for text in texts {
+        let mut readers = Readers { observer: Observer::of_ensemble(ensemble), read: 0 };
+        let done = &mut |done| setting.progress.advance(done);
+        losses.push(perplexity::losses(ensemble, &text.windows, &mut readers, done).map_err(EvalError::of(name))?);
+        read += readers.read;
+        tokens += readers.observer.layers[0].tokens;
+        evaluation.choices.push(readers.observer.layers);
+    }
+    evaluation.rows.push(Row { name: name.to_owned(), kind: Kind::Recipe, losses });
+    evaluation.rows.sort_by_key(|row| row.kind);
+    evaluation.notes.push("there are no rows for `uniform` and a perfect router: whole experts have no token-wise mean, and who always asks the right one is the oracle".into());
+    let mean = read as f64 / tokens.max(1) as f64;
+    evaluation.notes.push(format!("a token was read by {mean:.2} of {} experts in the mean, until one was left", ensemble.experts()));
+    Ok(evaluation)
+}
+
+/// Counts the experts that read each token, besides what an observer counts.
+struct Readers {
+    observer: Observer,
+    read: u64,
+}
+
+impl Probe for Readers {
+    fn route(&mut self, layer: usize, logits: &[f32], routing: &mut Routing) {
+        self.read += logits.iter().filter(|posterior| posterior.is_finite()).count() as u64;
+        self.observer.route(layer, logits, routing);
+    }
+}
+
+/// The rows of all dense models: base, experts, their mean held in `dtype`, oracle.
+fn dense(
+    recipe: &Recipe,
+    sources: &Sources,
+    dtype: Dtype,
+    names: &[String],
+    texts: &[Text],
+    setting: &Setting<'_>,
+) -> Result<Evaluation, EvalError> {
     let mut evaluation = Evaluation::default();
-    let sources = &composite.sources;
     let base = sources.base();
     let dense = |name: &str, kind, source: &Source| -> Result<Row, EvalError> {
         let (row, _) = model(name, (source.family, &source.config), &*source.weights, texts, setting)?;
@@ -115,34 +185,25 @@ pub fn recipe(
     }
     let oracle = oracle(&experts, texts);
     evaluation.rows.extend(experts);
-
-    let all = recipe.experts.iter().map(|expert| sources.get(&expert.source_model)).collect();
-    match Average::new(base, all, composite.plan.dtype) {
+    evaluation.rows.push(oracle);
+    match Average::new(base, sources.experts(recipe), dtype) {
         Ok(average) => {
             let (row, _) = model("average", (average.family, &average.config), &average, texts, setting)?;
             evaluation.rows.push(Row { kind: Kind::Average, ..row });
         }
         Err(error) => evaluation.notes.push(no_average(&error)),
     }
-
-    let load = |name: &str, composite: &Composite| {
-        Decoder::load(composite.plan.family(), &composite.plan.config, composite, setting.dtype, &setting.device)
-            .map_err(EvalError::of(name))
-    };
-    if let Some(hidden) = hidden {
-        let name = "mergekit `hidden`";
-        evaluation.rows.push(read(name, Kind::Hidden, &load(name, hidden)?, texts, setting, |_| Some(Router::Gates))?.0);
-    }
-    let decoder = load("this recipe", composite)?;
-    let composite = |name: &str, kind, router: &dyn Fn(&Text) -> Option<Router>| read(name, kind, &decoder, texts, setting, router);
-    evaluation.rows.push(composite("uniform", Kind::Uniform, &|_| Some(Router::Uniform))?.0);
-    let (row, choices) = composite("this recipe", Kind::Recipe, &|_| Some(Router::Gates))?;
-    evaluation.rows.push(row);
-    evaluation.choices = choices;
-    evaluation.rows.push(composite("perfect router", Kind::Perfect, &|text| text.expert.map(Router::Only))?.0);
-    evaluation.rows.push(oracle);
-    evaluation.rows.sort_by_key(|row| row.kind);
     Ok(evaluation)
+}
+
+/// The row of the composite that mergekit would make.
+pub fn mergekit(hidden: &Composite, texts: &[Text], setting: &Setting<'_>) -> Result<Row, EvalError> {
+    let name = "mergekit `hidden`";
+    Ok(read(name, Kind::Hidden, &load(name, hidden, setting)?, texts, setting, |_| Some(Router::Gates))?.0)
+}
+
+fn load(name: &str, composite: &Composite, setting: &Setting<'_>) -> Result<Decoder, EvalError> {
+    Decoder::load(composite.plan.family(), &composite.plan.config, composite, setting.dtype, &setting.device).map_err(EvalError::of(name))
 }
 
 fn no_average(error: &WeightsError) -> String {

@@ -15,5 +15,5 @@ pub use average::Average;
 pub use page::page;
 pub use routing::{Choices, Observer, Router, load};
 pub use similarity::{Drift, Similarity, similarity};
-pub use summary::{Summary, gates, summary};
-pub use traffic::{Sample, Traffic, traffic};
+pub use summary::{Summary, gates, summary, together};
+pub use traffic::{Sample, Traffic, answers, traffic};

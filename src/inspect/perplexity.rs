@@ -1,6 +1,6 @@
 //! How well a model predicts a text: windows of its tokens in, losses out.
 //!
-//! Pure: a decoder and tokens. A window's first token has nothing before it and is not scored. Where the tokenizer starts a text with special
+//! Pure: a model and tokens. A window's first token has nothing before it and is not scored. Where the tokenizer starts a text with special
 //! tokens they stand in front of every window, unscored as well, so that models with and without them are scored on the same tokens.
 //! T tokens of a window, N rows of a forward pass, V vocabulary.
 
@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use candle_core::{D, Tensor};
 use serde::Serialize;
-use upcycle_architectures::decoder::{Decoder, DecoderError, Logits, Probe, Step};
+use upcycle_architectures::decoder::{DecoderError, LanguageModel, Logits, Probe, Step};
 
 /// Logits held at a time, at most about so many (256 MiB): rows of a forward pass times V.
 const LOGITS: usize = 1 << 26;
@@ -41,7 +41,7 @@ pub struct Window {
 
 impl Window {
     /// Positions whose next token is scored.
-    fn scored(&self) -> Range<usize> {
+    pub(crate) fn scored(&self) -> Range<usize> {
         self.prefix..self.tokens.len().saturating_sub(1)
     }
 }
@@ -56,12 +56,12 @@ pub fn windows(text: &[u32], prefix: &[u32], length: usize, count: usize) -> Vec
 
 /// Loss of every window. `done` is told how many more windows are finished.
 pub fn losses(
-    decoder: &Decoder,
+    model: &impl LanguageModel,
     windows: &[Window],
     probe: &mut dyn Probe,
     done: &mut dyn FnMut(usize),
 ) -> Result<Vec<Loss>, DecoderError> {
-    let rows = (LOGITS / decoder.config().vocab.max(1)).clamp(64, ROWS);
+    let rows = (LOGITS / model.config().vocab.max(1)).clamp(64, ROWS);
     let mut losses = Vec::with_capacity(windows.len());
     let mut rest = windows;
     while let Some(first) = rest.first() {
@@ -70,7 +70,7 @@ pub fn losses(
             (count, total) = (count + 1, total + next.tokens.len());
         }
         let (batch, others) = rest.split_at(count);
-        losses.extend(together(decoder, batch, rows, probe)?);
+        losses.extend(together(model, batch, rows, probe)?);
         done(count);
         rest = others;
     }
@@ -78,19 +78,19 @@ pub fn losses(
 }
 
 /// Windows that run side by side; a single one that is longer than `rows` runs in pieces through its cache.
-fn together(decoder: &Decoder, batch: &[Window], rows: usize, probe: &mut dyn Probe) -> Result<Vec<Loss>, DecoderError> {
-    let mut caches: Vec<_> = batch.iter().map(|_| decoder.cache()).collect();
+fn together(model: &impl LanguageModel, batch: &[Window], rows: usize, probe: &mut dyn Probe) -> Result<Vec<Loss>, DecoderError> {
+    let mut caches: Vec<_> = batch.iter().map(|_| model.cache()).collect();
     let mut losses = vec![Loss { sum: 0.0, tokens: 0 }; batch.len()];
     let longest = batch.iter().map(|window| window.tokens.len()).max().unwrap_or(0);
     let piece = if batch.len() > 1 { longest } else { rows };
     for start in (0..longest).step_by(piece.max(1)) {
         let part = |window: &Window| start.min(window.tokens.len())..(start + piece).min(window.tokens.len());
-        let mut steps: Vec<Step<'_>> = batch
+        let mut steps: Vec<_> = batch
             .iter()
             .zip(&mut caches)
             .map(|(window, cache)| Step { tokens: &window.tokens[part(window)], cache, logits: Logits::All })
             .collect();
-        let logits = decoder.forward(&mut steps, probe)?; // [N, V]
+        let logits = model.forward(&mut steps, probe)?; // [N, V]
         // A row without a next token is scored on token 0, and not counted.
         let next = |window: &Window, at: usize| window.tokens.get(at + 1).copied().unwrap_or(0);
         let targets: Vec<u32> = batch.iter().flat_map(|window| part(window).map(|at| next(window, at))).collect();

@@ -1,7 +1,7 @@
 //! Which experts the tokens of a text choose, and what becomes of the text if others choose for them.
 
 use serde::Serialize;
-use upcycle_architectures::decoder::{Decoder, DecoderError, Logits, Probe, Step};
+use upcycle_architectures::decoder::{Decoder, DecoderError, Ensemble, Logits, Probe, Step};
 use upcycle_routers::{diagnose::Load, route::Routing};
 
 /// Who chooses the experts.
@@ -64,6 +64,12 @@ impl Observer {
         let config = decoder.config();
         let experts = config.moe.as_ref().map_or(0, |moe| moe.experts);
         Self { router, experts, layers: vec![Choices::new(experts); config.layers] }
+    }
+
+    /// For an ensemble's forward passes, whose only router is the posterior.
+    pub fn of_ensemble(ensemble: &Ensemble) -> Self {
+        let experts = ensemble.experts();
+        Self { router: Router::Gates, experts, layers: vec![Choices::new(experts)] }
     }
 }
 

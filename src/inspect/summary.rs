@@ -90,9 +90,22 @@ pub fn summary(family: &Family, config: &Config, weights: &dyn Weights) -> Summa
     summary
 }
 
-/// The gates of a sparse model, layer by layer; empty if it is dense.
+/// Whole models of which each sequence is answered by one: sizes add up, and a token uses the largest. The other figures are the first one's.
+pub fn together(whole: &[Summary]) -> Option<Summary> {
+    let (first, others) = whole.split_first()?;
+    let mut all = Summary { experts: whole.len(), experts_per_token: 1, ..first.clone() };
+    for one in others {
+        all.parameters += one.parameters;
+        all.active_parameters = all.active_parameters.max(one.active_parameters);
+        one.bytes.iter().for_each(|(part, bytes)| *all.bytes.entry(part).or_default() += bytes);
+        one.dtypes.iter().for_each(|(dtype, tensors)| *all.dtypes.entry(dtype).or_default() += tensors);
+    }
+    Some(all)
+}
+
+/// The gates of a sparse model, layer by layer; none if it is dense, or has routers that are no gates.
 pub fn gates(family: &Family, config: &Config, weights: &dyn Weights) -> Result<Vec<Gate>, WeightsError> {
-    let Some(moe) = &config.moe else { return Ok(Vec::new()) };
+    let Some(moe) = config.moe.as_ref().filter(|moe| moe.directions.is_none()) else { return Ok(Vec::new()) };
     let sparse = (0..config.layers).filter(|&l| moe.sparse[l]);
     sparse
         .map(|l| {

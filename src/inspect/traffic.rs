@@ -4,7 +4,7 @@
 
 use candle_core::{D, DType, Result, Tensor};
 use serde::Serialize;
-use upcycle_architectures::decoder::{Decoder, DecoderError, Logits, Probe, Site, Step};
+use upcycle_architectures::decoder::{Decoder, DecoderError, Ensemble, LanguageModel, Logits, Probe, Site, Step};
 use upcycle_routers::route::Routing;
 
 use super::{
@@ -38,25 +38,41 @@ pub struct Sample {
     pub choices: Vec<Vec<Vec<(u32, f32)>>>,
 }
 
-/// Runs the texts through the model. `done` is told of every window that is finished.
+/// Runs the texts through a sparse model. `done` is told of every window that is finished.
 pub fn traffic(decoder: &Decoder, texts: &[Text], done: &mut dyn FnMut()) -> std::result::Result<Traffic, DecoderError> {
-    let layers = decoder.config().layers;
+    follow(decoder, Some(decoder), &Observer::new(decoder, Router::Gates), texts, done)
+}
+
+/// Runs the texts through an ensemble: as traffic of one layer, who leads after each token.
+pub fn answers(ensemble: &Ensemble, texts: &[Text], done: &mut dyn FnMut()) -> std::result::Result<Traffic, DecoderError> {
+    let traffic = follow(ensemble, None, &Observer::of_ensemble(ensemble), texts, done)?;
+    Ok(Traffic { head_room: Vec::new(), ..traffic })
+}
+
+/// `sparse` is asked what its experts make of a token, chosen or not.
+fn follow(
+    model: &impl LanguageModel,
+    sparse: Option<&Decoder>,
+    observer: &Observer,
+    texts: &[Text],
+    done: &mut dyn FnMut(),
+) -> std::result::Result<Traffic, DecoderError> {
+    let layers = observer.layers.len();
     let mut variance = vec![Mean::default(); layers];
     let mut choices = Vec::new();
     let mut samples = Vec::new();
     for text in texts {
-        let mut observer = Observer::new(decoder, Router::Gates);
+        let mut observer = observer.clone();
         let mut sample = Sample { tokens: Vec::new(), choices: vec![Vec::new(); layers] };
         let stride = text.windows.len().div_ceil(ASKED).max(1);
         for (w, window) in text.windows.iter().enumerate() {
             let mut tourist = Tourist {
-                decoder,
                 observer: &mut observer,
-                variance: (w % stride == 0).then_some(&mut variance),
+                variance: sparse.filter(|_| w % stride == 0).map(|decoder| (decoder, &mut variance)),
                 sample: (w == 0).then_some(&mut sample),
             };
-            let mut cache = decoder.cache();
-            decoder.forward(&mut [Step { tokens: &window.tokens, cache: &mut cache, logits: Logits::None }], &mut tourist)?;
+            let mut cache = model.cache();
+            model.forward(&mut [Step { tokens: &window.tokens, cache: &mut cache, logits: Logits::None }], &mut tourist)?;
             if w == 0 {
                 sample.tokens = window.tokens.iter().take(SAMPLE).copied().collect();
             }
@@ -76,9 +92,8 @@ struct Mean {
 }
 
 struct Tourist<'a> {
-    decoder: &'a Decoder,
     observer: &'a mut Observer,
-    variance: Option<&'a mut Vec<Mean>>,
+    variance: Option<(&'a Decoder, &'a mut Vec<Mean>)>,
     sample: Option<&'a mut Sample>,
 }
 
@@ -88,9 +103,9 @@ impl Probe for Tourist<'_> {
     }
 
     fn observe(&mut self, _: Site, layer: usize, x: &Tensor) -> Result<()> {
-        let Some(variance) = &mut self.variance else { return Ok(()) };
-        let experts = self.decoder.config().moe.as_ref().map_or(0, |moe| moe.experts);
-        let outputs: Vec<Tensor> = (0..experts).filter_map(|e| self.decoder.expert(layer, e, x).transpose()).collect::<Result<_>>()?;
+        let Some((decoder, variance)) = &mut self.variance else { return Ok(()) };
+        let experts = decoder.config().moe.as_ref().map_or(0, |moe| moe.experts);
+        let outputs: Vec<Tensor> = (0..experts).filter_map(|e| decoder.expert(layer, e, x).transpose()).collect::<Result<_>>()?;
         if outputs.is_empty() {
             return Ok(());
         }

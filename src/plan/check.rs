@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use upcycle_architectures::{Config, TensorInfo};
 
-use super::{Part, PlannedTensor, Problem, Sources};
+use super::{Part, PlanError, PlannedTensor, Problem, Sources};
 use crate::{
     recipe::{Recipe, Shared},
     source::{self, Source},
@@ -14,6 +14,7 @@ pub(super) const LINTS: &[(&str, &str)] = &[
     ("rope-mismatch", "an expert was trained with other rotary embeddings than the base"),
     ("eps-mismatch", "an expert's norms have another epsilon than the base's"),
     ("vocabulary-mismatch", "an expert's tokenizer gives other ids to the same text"),
+    ("drift", "attention of an expert is far from what the composite uses"),
 ];
 
 /// One message for a list of problems.
@@ -27,6 +28,14 @@ pub(super) fn list(problems: &[Problem]) -> String {
         [one] => one.clone(),
         many => format!("these models cannot be composed:\n  - {}", many.join("\n  - ")),
     }
+}
+
+/// Problems whose lint is allowed become warnings; others are the end.
+pub(super) fn waive(problems: Vec<Problem>, allow: &[String], warnings: &mut Vec<String>) -> Result<(), PlanError> {
+    let (waived, fatal): (Vec<_>, Vec<_>) =
+        problems.into_iter().partition(|problem| problem.lint.is_some_and(|lint| allow.iter().any(|name| name == lint)));
+    warnings.extend(waived.into_iter().map(|problem| problem.message));
+    if fatal.is_empty() { Ok(()) } else { Err(PlanError::Problems(fatal)) }
 }
 
 /// Every way in which the experts differ from the base (and, averaged, from each other) that a composite cannot express.
@@ -129,7 +138,13 @@ fn differ(what: &str, base: &Source, a: impl std::fmt::Display, expert: &Source,
 
 /// The composite speaks the base's vocabulary. Extra tokens of an expert are unknown to it (a warning, since its embeddings are not used);
 /// other ids for the same token mean that the expert reads other text than is written.
-fn compare_vocabularies(recipe: &Recipe, base: &Source, expert: &Source, problems: &mut Vec<Problem>, warnings: &mut Vec<String>) {
+pub(super) fn compare_vocabularies(
+    recipe: &Recipe,
+    base: &Source,
+    expert: &Source,
+    problems: &mut Vec<Problem>,
+    warnings: &mut Vec<String>,
+) {
     let (rows, other_rows) = (base.config.vocab, expert.config.vocab);
     if matches!(recipe.shared, Shared::Average | Shared::Fit) && rows != other_rows {
         let remedy = "their embeddings cannot be averaged; use `shared: base`";
@@ -178,6 +193,16 @@ fn compare_vocabularies(recipe: &Recipe, base: &Source, expert: &Source, problem
             base.reference,
         ));
     }
+}
+
+/// An expert that reads by itself needs an embedding for every token of the base's tokenizer.
+pub(super) fn too_few_embeddings(base: &Source, expert: &Source) -> Option<Problem> {
+    let tokens = vocabulary(base)?.into_values().max()? + 1;
+    let rows = expert.config.vocab;
+    (rows < tokens).then(|| {
+        let (base, expert) = (&base.reference, &expert.reference);
+        fatal(format!("`{expert}` has embeddings of {rows} tokens, but the tokenizer of the base `{base}` has {tokens}: use a base whose text it can read"))
+    })
 }
 
 /// Token to id, from tokenizer.json: the model's vocabulary and the added tokens; `None` without one.
@@ -237,7 +262,7 @@ pub(super) fn missing(sources: &Sources, tensors: &[PlannedTensor]) -> Vec<Probl
         match part {
             Part::Tensor { source, tensor, .. } => check(*source, tensor),
             Part::Mean { of } => of.iter().for_each(|(source, tensor)| check(*source, tensor)),
-            Part::Gate { .. } | Part::SharedGate { .. } | Part::Zeros { .. } | Part::Fitted { .. } => {}
+            Part::Gate { .. } | Part::SharedGate { .. } | Part::Zeros { .. } | Part::Fitted { .. } | Part::Tuned { .. } => {}
         }
     }
     let more = problems.len().saturating_sub(12);

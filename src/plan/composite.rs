@@ -1,13 +1,14 @@
 //! A plan with its sources and gates: any tensor of the composite can be read from it, without anything being written.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
 };
 
 use bytes::Bytes;
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
+use serde_json::json;
 use sha2::{Digest as _, Sha256};
 use upcycle_architectures::{Dtype, TensorInfo, View, Weights, WeightsError};
 
@@ -22,6 +23,7 @@ pub struct Composite {
     pub sources: Arc<Sources>,
     gates: Arc<Gates>,
     fitted: Option<Arc<dyn Weights>>,
+    tuned: Arc<BTreeMap<String, View>>,
     index: Arc<HashMap<String, usize>>,
     seed: u64,
 }
@@ -29,7 +31,33 @@ pub struct Composite {
 impl Composite {
     pub(super) fn new(plan: Arc<Plan>, sources: Arc<Sources>, gates: Gates, fitted: Option<Arc<dyn Weights>>) -> Self {
         let index = plan.tensors.iter().enumerate().map(|(i, tensor)| (tensor.name.clone(), i)).collect();
-        Self { seed: plan.seed, plan, sources, gates: Arc::new(gates), fitted, index: Arc::new(index) }
+        Self { seed: plan.seed, plan, sources, gates: Arc::new(gates), fitted, tuned: Arc::default(), index: Arc::new(index) }
+    }
+
+    /// The same with these tensors, of the same types and shapes, in place of its own; names that it does not have are left out.
+    #[must_use]
+    pub fn replacing(&self, tensors: BTreeMap<String, View>) -> Self {
+        let mut plan = (*self.plan).clone();
+        for planned in &mut plan.tensors {
+            if let Some(view) = tensors.get(&planned.name) {
+                planned.parts = vec![Part::Tuned { sha256: hex(&Sha256::digest(&view.data)) }];
+            }
+        }
+        Self { plan: Arc::new(plan), tuned: Arc::new(tensors), ..self.clone() }
+    }
+
+    /// Of everything that decides the tensors' bytes: the plan, the gates, and which files the sources are at this moment.
+    pub fn fingerprint(&self) -> String {
+        let plan = &self.plan;
+        let mut hash = Sha256::new();
+        hash.update(json!([plan.tensors, plan.config_json, plan.dtype.torch_name(), plan.seed]).to_string());
+        for gate in self.gates.routed.iter().chain(&self.gates.shared) {
+            gate.weight.iter().for_each(|value| hash.update(value.to_le_bytes()));
+        }
+        for source in &self.sources.all {
+            source.stamps().iter().for_each(|stamp| hash.update(stamp));
+        }
+        hex(&hash.finalize())
     }
 
     /// The gates.
@@ -56,6 +84,10 @@ impl Composite {
             Part::Fitted { tensor: name } => match &self.fitted {
                 Some(fitted) => Ok(fitted.read(name)?.cast(dtype)?.data),
                 None => Err(WeightsError::Missing { tensor: name.clone() }),
+            },
+            Part::Tuned { .. } => match self.tuned.get(&planned.name) {
+                Some(view) => Ok(view.cast(dtype)?.data),
+                None => Err(WeightsError::Missing { tensor: planned.name.clone() }),
             },
             Part::Gate { layer } => flat(self.gates.routed.get(*layer).map_or(&[][..], |gate| &gate.weight)),
             Part::SharedGate { layer } => flat(self.gates.shared.get(*layer).map_or(&[][..], |gate| &gate.weight)),
@@ -92,7 +124,7 @@ impl Composite {
         let sources = self.plan.tensors[tensor].parts.iter().flat_map(|part| match part {
             Part::Tensor { source, .. } => vec![*source],
             Part::Mean { of } => of.iter().map(|(source, _)| *source).collect(),
-            Part::Gate { .. } | Part::SharedGate { .. } | Part::Zeros { .. } | Part::Fitted { .. } => Vec::new(),
+            Part::Gate { .. } | Part::SharedGate { .. } | Part::Zeros { .. } | Part::Fitted { .. } | Part::Tuned { .. } => Vec::new(),
         });
         let names: Vec<String> = sources.collect::<BTreeSet<_>>().into_iter().map(|s| self.sources.all[s].reference.to_string()).collect();
         if names.is_empty() { "the calibration".into() } else { names.join(", ") }
@@ -135,6 +167,10 @@ impl Weights for Composite {
         }
         Ok(View { info: planned.info.clone(), data })
     }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Noise, then scale, each rounded to the tensor's own type, as mergekit does it. mergekit draws from torch's generator in write order; this

@@ -5,6 +5,7 @@
 
 mod check;
 mod composite;
+mod sequence;
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -13,9 +14,13 @@ use upcycle_architectures::{
     AttentionPart, Config, Dtype, Family, LayerRole, Projection, Role, TensorInfo, Weights,
     upcycle::{Request, TARGETS, Target},
 };
-use upcycle_routers::{gate::Gate, init::DEFAULT_SEED};
+use upcycle_routers::{
+    gate::Gate,
+    init::{DEFAULT_SEED, Runtime, subspace},
+};
 
 pub use composite::Composite;
+pub use sequence::{Sequence, sequence};
 
 use crate::{
     recipe::{Expert, Layout, ModelRef, Recipe, Shared},
@@ -134,6 +139,11 @@ pub enum Part {
         /// l
         layer: usize,
     },
+    /// What training made of the tensor.
+    Tuned {
+        /// of its bytes
+        sha256: String,
+    },
     /// Zeros.
     Zeros {
         /// how many elements
@@ -160,6 +170,13 @@ impl Plan {
     /// K
     pub fn top_k(&self) -> usize {
         self.config.moe.as_ref().map_or(1, |moe| moe.top_k)
+    }
+
+    /// The gate of a layer's router, whichever layout it is written in.
+    pub fn router(&self, layer: usize) -> Option<&PlannedTensor> {
+        let classic = self.family().name(Role::Layer(layer, LayerRole::Router));
+        let fused = self.family().fused_names(layer).map(|[router, ..]| router);
+        self.tensors.iter().find(|tensor| [&classic, &fused].into_iter().flatten().any(|name| *name == tensor.name))
     }
 
     /// Bytes of all tensors.
@@ -220,12 +237,7 @@ pub fn plan(recipe: &Recipe, sources: &Sources, allow: &[String]) -> Result<Plan
     let base = sources.base();
     let mut warnings = Vec::new();
     let problems = check::problems(recipe, sources, &mut warnings);
-    let (waived, fatal): (Vec<_>, Vec<_>) =
-        problems.into_iter().partition(|problem| problem.lint.is_some_and(|lint| allow.iter().any(|name| name == lint)));
-    if !fatal.is_empty() {
-        return Err(PlanError::Problems(fatal));
-    }
-    warnings.extend(waived.into_iter().map(|problem| problem.message));
+    check::waive(problems, allow, &mut warnings)?;
     let target = choose(recipe, sources)?;
 
     let dtype = recipe.dtype.or(base.config.dtype).unwrap_or(Dtype::Bf16);
@@ -253,7 +265,10 @@ pub fn plan(recipe: &Recipe, sources: &Sources, allow: &[String]) -> Result<Plan
             many => drop(object.insert("eos_token_id".into(), many.into())),
         }
     }
-    let config = (target.family.read)(&config_json)?;
+    let mut config = (target.family.read)(&config_json)?;
+    if let (Some(Runtime::Subspace), Some(moe)) = (recipe.gate_mode.runtime(), &mut config.moe) {
+        moe.directions = Some(subspace::DIRECTIONS);
+    }
     let gated_shared_expert = recipe.gated().count() > recipe.experts.len();
     // What is noisy or scaled on purpose is not mended.
     let plain = recipe.experts.iter().all(|expert| expert.noise_scale.is_none() && expert.residual_scale.is_none());
@@ -431,6 +446,42 @@ impl Planner<'_> {
 /// A plan with its sources and gates: a set of weights.
 pub fn composite(plan: Plan, sources: Sources, gates: Gates, fitted: Option<Arc<dyn Weights>>) -> Composite {
     Composite::new(Arc::new(plan), Arc::new(sources), gates, fitted)
+}
+
+/// A composite that lies on disk, as a plan of copies. `None` for a dense model.
+pub fn opened(source: Source) -> Option<Composite> {
+    let target = TARGETS.iter().find(|target| target.family.model_type == source.family.model_type)?;
+    let place: BTreeMap<String, usize> = source
+        .family
+        .tensors(&source.config)
+        .iter()
+        .zip(0..)
+        .filter_map(|((role, _), at)| Some((source.family.name(*role)?, at)))
+        .collect();
+    let mut names = source.weights.names();
+    // In the order of use; what stacks experts or is nobody's behind it.
+    names.sort_by_cached_key(|name| (place.get(name).copied().unwrap_or(usize::MAX), name.clone()));
+    let tensors: Vec<PlannedTensor> = names
+        .into_iter()
+        .filter_map(|name| {
+            let info = source.weights.info(&name)?;
+            let part = Part::Tensor { source: 0, tensor: name.clone(), noise: None, scale: None, fold: None };
+            Some(PlannedTensor { name, info, parts: vec![part] })
+        })
+        .collect();
+    let plan = Plan {
+        target,
+        config: source.config.clone(),
+        config_json: source.config_json.clone(),
+        dtype: source.config.dtype.or_else(|| tensors.first().map(|tensor| tensor.info.dtype)).unwrap_or(Dtype::Bf16),
+        tensors,
+        gated_shared_expert: false,
+        repaired: false,
+        seed: DEFAULT_SEED,
+        warnings: Vec::new(),
+    };
+    let by_reference = BTreeMap::from([(source.reference.clone(), 0)]);
+    Some(composite(plan, Sources { all: vec![source], by_reference }, Gates::default(), None))
 }
 
 /// The gates of a composite.

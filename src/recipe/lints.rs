@@ -4,10 +4,10 @@
 
 use std::{ops::Range, sync::Arc};
 
-use upcycle_routers::init::Needs;
+use upcycle_routers::init::{Needs, Runtime};
 
 use super::{
-    Expert, Problem, Recipe, Severity,
+    Expert, Problem, Recipe, Severity, Shared,
     problem::{File, Place},
     schema::Places,
 };
@@ -48,7 +48,9 @@ const REQUIRED: &[(Check, &str)] = &[
     (no_experts, "write one `- source_model: ...` per expert below `experts`"),
     (too_few_experts, "add experts, or lower `experts_per_token` (2 if not given)"),
     (many_shared_experts, "keep one, and make the others experts"),
+    (whole_experts, "remove it, or set `gate_mode: auto` for a composite"),
     (missing_prompts, "give it `positive_prompts` or a `prompts_file`, or set `gate_mode: random` and train the gates"),
+    (fit_without_text, "leave `gate_mode` out, or set `shared: base` or `shared: average`"),
 ];
 
 /// Every lint, in the order that they are checked: first what mergekit-moe refuses, in its order, then ours.
@@ -175,12 +177,30 @@ fn too_few_experts(recipe: &Recipe, places: &Places) -> Option<Finding> {
     let message = || {
         format!("each token chooses {chosen} experts, but there {}", if experts == 1 { "is 1".into() } else { format!("are {experts}") })
     };
-    (0 < experts && experts < chosen).then(|| Finding::at(&places.experts_per_token, message()))
+    let per_token = recipe.gate_mode.runtime() != Some(Runtime::Sequence);
+    (per_token && 0 < experts && experts < chosen).then(|| Finding::at(&places.experts_per_token, message()))
 }
 
 fn many_shared_experts(recipe: &Recipe, places: &Places) -> Option<Finding> {
     let shared = recipe.shared_experts.len();
     (shared > 1).then(|| Finding::at(&places.shared_experts, format!("there can be one shared expert, not {shared}")))
+}
+
+/// Whole experts are taken as they are.
+fn whole_experts(recipe: &Recipe, places: &Places) -> Option<Finding> {
+    if recipe.gate_mode.runtime() != Some(Runtime::Sequence) {
+        return None;
+    }
+    let edited = |of: fn(&Expert) -> bool| recipe.experts.iter().position(of).map(|e| places.expert[e].source_model.clone());
+    let found = [
+        ("shared_experts", (!recipe.shared_experts.is_empty()).then(|| places.shared_experts.clone())),
+        ("shared", (recipe.shared != Shared::Auto).then(|| places.gate_mode.clone())),
+        ("repair", (recipe.repair == Some(true)).then(|| places.gate_mode.clone())),
+        ("noise_scale", edited(|expert| expert.noise_scale.is_some())),
+        ("residual_scale", edited(|expert| expert.residual_scale.is_some())),
+    ];
+    let (key, place) = found.into_iter().find_map(|(key, place)| Some((key, place?)))?;
+    Some(Finding::at(&place, format!("`sequence` answers with whole experts as they are, but the recipe has `{key}`")))
 }
 
 fn missing_prompts(recipe: &Recipe, places: &Places) -> Option<Finding> {
@@ -191,8 +211,15 @@ fn missing_prompts(recipe: &Recipe, places: &Places) -> Option<Finding> {
     (uses_prompts(recipe) && !without.is_empty()).then(|| Finding::about(&without, message(), |e| places.expert[e].source_model.clone()))
 }
 
+fn fit_without_text(recipe: &Recipe, places: &Places) -> Option<Finding> {
+    let mode = recipe.gate_mode.name;
+    let message = || format!("`shared: fit` fits the shared weights along with the gates, and `{mode}` gates are not fitted");
+    (recipe.shared == Shared::Fit && !recipe.fitted()).then(|| Finding::at(&places.gate_mode, message()))
+}
+
 fn one_expert(recipe: &Recipe, places: &Places) -> Option<Finding> {
-    (uses_prompts(recipe) && recipe.experts.len() == 1).then(|| Finding::at(&places.experts, "there is only one expert".to_owned()))
+    let chooses = uses_prompts(recipe) || recipe.gate_mode.runtime().is_some();
+    (chooses && recipe.experts.len() == 1).then(|| Finding::at(&places.experts, "there is only one expert".to_owned()))
 }
 
 fn identical_prompts(recipe: &Recipe, places: &Places) -> Option<Finding> {

@@ -37,6 +37,8 @@ pub struct Recipe {
     pub dtype: Option<Dtype>,
     /// K
     pub experts_per_token: usize,
+    /// Whether K is left to the fit of the gates, which may find that fewer experts do.
+    pub choose_experts_per_token: bool,
     /// Output family by a prefix of mergekit's names (`Mixtral`, `Qwen MoE`, `Qwen3 MoE`, `DeepSeek MoE`) or a `model_type`.
     pub architecture: Option<String>,
     /// How the weights outside the experts are obtained.
@@ -150,6 +152,11 @@ pub fn parse(text: &str, file: &Path, allow: &[String]) -> Result<(Recipe, Vec<P
     }
 }
 
+/// The experts of a recipe, whatever else is wrong with it: beside a composite it may name prompts and texts that are not there any more.
+pub fn experts(text: &str) -> Vec<Expert> {
+    schema::Reader::new(text, Path::new("")).recipe().map(|(recipe, _)| recipe.experts).unwrap_or_default()
+}
+
 impl Recipe {
     /// Whether the gates are fitted to the router's true inputs, rather than made from prompts or drawn.
     pub fn fitted(&self) -> bool {
@@ -183,7 +190,7 @@ impl Recipe {
             "shared_experts": self.shared_experts.iter().map(expert).collect::<Vec<_>>(),
             "gate_mode": self.gate_mode.name,
             "dtype": self.dtype.map(Dtype::torch_name),
-            "experts_per_token": self.experts_per_token,
+            "experts_per_token": if self.choose_experts_per_token { "auto".into() } else { Value::from(self.experts_per_token) },
             "architecture": self.architecture,
             "shared": name_of(&Shared::ALL, self.shared),
             "repair": self.repair,

@@ -154,8 +154,9 @@ impl<'t> Reader<'t> {
         let shared_experts = self.given(&fields, "shared_experts", Self::experts);
         let gate_mode = self.given(&fields, "gate_mode", Self::gate_mode);
         let dtype = self.given(&fields, "dtype", Self::dtype);
-        let experts_per_token = self.given(&fields, "experts_per_token", |reader, entry| {
-            reader.whole(entry, 1).map(|count| usize::try_from(count).unwrap_or(usize::MAX))
+        let experts_per_token = self.given(&fields, "experts_per_token", |reader, entry| match &entry.node.value {
+            Value::Text(text) if text == "auto" => Some(None),
+            _ => reader.whole(entry, 1).map(|count| Some(usize::try_from(count).unwrap_or(usize::MAX))),
         });
         let architecture = self.given(&fields, "architecture", Self::architecture);
         let shared = self.given(&fields, "shared", |reader, entry| reader.choice(entry, &Shared::ALL));
@@ -180,7 +181,8 @@ impl<'t> Reader<'t> {
             shared_experts: shared_experts.unwrap_or_default().into_iter().map(|(expert, _)| expert).collect(),
             gate_mode,
             dtype,
-            experts_per_token: experts_per_token.unwrap_or(usual),
+            experts_per_token: experts_per_token.flatten().unwrap_or(usual),
+            choose_experts_per_token: experts_per_token.flatten().is_none() && !gate_mode.candidates().is_empty(),
             architecture,
             shared: shared.unwrap_or_default(),
             repair,

@@ -64,6 +64,16 @@ impl Progress for Silent {}
 /// Why nothing, or not everything, was written. What was finished stays; nothing unfinished has a final name.
 #[derive(Debug, thiserror::Error)]
 pub enum WriteError {
+    /// There is no file format for that.
+    #[error("`gate_mode: {method}` cannot be written: {reason}; serve the recipe itself (`upcycle serve {}`), or set `gate_mode: auto` for a composite that every engine loads", recipe.display())]
+    Runtime {
+        /// the gate mode
+        method: &'static str,
+        /// why
+        reason: &'static str,
+        /// the recipe
+        recipe: PathBuf,
+    },
     /// The directory holds something else.
     #[error("{} is not empty; give another directory, or `--overwrite`", .0.display())]
     Occupied(PathBuf),
@@ -118,13 +128,55 @@ pub struct Written {
     pub found: u64,
 }
 
+/// Whether a checkpoint can hold what the recipe asks for.
+pub fn check_recipe(recipe: &Recipe) -> Result<(), WriteError> {
+    match recipe.gate_mode.runtime() {
+        None => Ok(()),
+        Some(runtime) => Err(WriteError::Runtime { method: recipe.gate_mode.name, reason: runtime.reason(), recipe: recipe.file.clone() }),
+    }
+}
+
 /// Is in a directory from the first byte written to the last.
 pub(crate) const UNFINISHED: &str = ".upcycle-unfinished";
 
-/// Writes the composite into directory `out` (made if it is not there).
+/// What lies beside the weights.
+pub struct Papers<'a> {
+    /// whose tokenizer's files come along
+    pub tokenizer: &'a Source,
+    /// name and content of the card and the recipe
+    pub files: Vec<(&'static str, Vec<u8>)>,
+}
+
+/// The name of the model card.
+pub const CARD: &str = "README.md";
+/// The name of the recipe that a composite was made from.
+pub const RECIPE: &str = "upcycle_recipe.yml";
+
+/// The papers of a recipe's composite.
+pub fn papers<'a>(composite: &'a Composite, recipe: &Recipe) -> Papers<'a> {
+    let base = composite.sources.base();
+    Papers {
+        tokenizer: recipe.tokenizer.as_ref().map_or(base, |reference| composite.sources.get(reference)),
+        files: vec![(RECIPE, recipe.text.clone().into_bytes()), (CARD, card::render(composite, recipe).into_bytes())],
+    }
+}
+
+/// Writes the recipe's composite into directory `out` (made if it is not there).
 pub fn write(
     composite: &Composite,
     recipe: &Recipe,
+    out: &Path,
+    options: &Options,
+    progress: &dyn Progress,
+) -> Result<Written, WriteError> {
+    check_recipe(recipe)?;
+    write_with(composite, &papers(composite, recipe), out, options, progress)
+}
+
+/// Writes a composite with these papers into directory `out` (made if it is not there).
+pub fn write_with(
+    composite: &Composite,
+    papers: &Papers<'_>,
     out: &Path,
     options: &Options,
     progress: &dyn Progress,
@@ -154,10 +206,9 @@ pub fn write(
         let index = json!({"metadata": {"total_size": composite.plan.bytes()}, "weight_map": map});
         put(out, "model.safetensors.index.json", &pretty(&index))?;
     }
-    sidecars(composite, recipe, out, options)?;
-    if options.card {
-        put(out, "upcycle_recipe.yml", recipe.text.as_bytes())?;
-        put(out, "README.md", card::render(composite, recipe).as_bytes())?;
+    sidecars(composite, papers.tokenizer, out, options)?;
+    for (name, bytes) in papers.files.iter().filter(|_| options.card) {
+        put(out, name, bytes)?;
     }
     put(out, "config.json", &pretty(&composite.plan.config_json))?;
     drop(state);
@@ -214,31 +265,14 @@ fn stale(path: &Path) -> bool {
     name == "config.json" || ours && [".safetensors", ".partial", ".index.json"].iter().any(|end| name.ends_with(end))
 }
 
-/// Of everything that decides the output's bytes: the plan, the gates, the layout, and which files the sources are at this moment.
+/// Of everything that decides the output's bytes.
 fn digest(composite: &Composite, options: &Options) -> String {
-    let mut hash = Sha256::new();
-    hash.update(
-        json!([
-            composite.plan.tensors,
-            composite.plan.config_json,
-            composite.plan.dtype.torch_name(),
-            composite.plan.seed,
-            options.shard_size
-        ])
-        .to_string(),
-    );
-    for gate in composite.gates().routed.iter().chain(&composite.gates().shared) {
-        gate.weight.iter().for_each(|value| hash.update(value.to_le_bytes()));
-    }
-    for source in &composite.sources.all {
-        source.stamps().iter().for_each(|stamp| hash.update(stamp));
-    }
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    let parts = format!("{} {}", composite.fingerprint(), options.shard_size);
+    Sha256::digest(parts).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn sidecars(composite: &Composite, recipe: &Recipe, out: &Path, options: &Options) -> Result<(), WriteError> {
+fn sidecars(composite: &Composite, tokenizer: &Source, out: &Path, options: &Options) -> Result<(), WriteError> {
     let base = composite.sources.base();
-    let tokenizer: &Source = recipe.tokenizer.as_ref().map_or(base, |reference| composite.sources.get(reference));
     for (name, sidecar) in &tokenizer.sidecars {
         if options.tokenizer && name != "generation_config.json" && !name.starts_with("LICENSE") {
             put(out, name, &sidecar.read()?)?;

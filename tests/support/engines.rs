@@ -10,7 +10,7 @@ use upcycle::{
     recipe,
     source::{self, OpenOptions, Source},
 };
-use upcycle_architectures::decoder::Decoder;
+use upcycle_architectures::decoder::{Decoder, Ensemble};
 
 /// The directory of a bundled model.
 pub fn demo(name: &str) -> PathBuf {
@@ -42,6 +42,14 @@ pub fn composite(options: Options) -> Engine {
     let plan = &composite.plan;
     let decoder = Decoder::load(plan.family(), &plan.config, &composite, DType::F32, &Device::Cpu).unwrap();
     Engine::start(decoder, text, options).unwrap()
+}
+
+/// An engine over the bundled experts, each of them whole, in this order.
+pub fn ensemble(experts: &[&str], options: Options) -> Engine {
+    let base = open("base");
+    let text = Text::open(&base.sidecars, &base.config).unwrap();
+    let experts = experts.iter().map(|name| decoder(&open(name))).collect();
+    Engine::start(Ensemble::new(experts).unwrap(), text, options).unwrap()
 }
 
 fn open(name: &str) -> Source {

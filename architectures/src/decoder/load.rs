@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, ops::Range};
 
-use candle_core::DType;
+use candle_core::{DType, Device};
 use upcycle_routers::route::Rule;
 
 use super::{
@@ -10,7 +10,7 @@ use super::{
     attention::Attention,
     matrix::{Linear, Matrix, Placement},
     mlp::Mlp,
-    moe::Sparse,
+    moe::{Router, Sparse},
     norm::Norm,
 };
 use crate::{
@@ -26,6 +26,13 @@ struct Place {
     shape: Vec<usize>,
     /// of that tensor, seen as a matrix whose rows are its last dimension
     rows: Range<usize>,
+}
+
+/// The bytes of a role's tensor, [`shape`](Family::tensors), whichever layout it lies in. Reading one expert of a fused tensor reads it whole.
+pub fn tensor(family: &Family, config: &Config, weights: &dyn Weights, role: Role, shape: &[usize]) -> Result<View, WeightsError> {
+    let placement = Placement { device: Device::Cpu, weights: DType::F32, activations: DType::F32, mapped: None };
+    let model = Model { family, config, weights, placement: &placement };
+    model.reader().view(role, shape)
 }
 
 #[derive(Clone, Copy)]
@@ -60,7 +67,7 @@ impl Model<'_> {
             let fused = |name: String, shape: [usize; 3], rows| Place { name, shape: shape.into(), rows };
             let (d, f, experts) = (self.config.hidden, moe.ffn, moe.experts);
             let place = match part {
-                LayerRole::Router => Place { name: router, shape: shape.to_vec(), rows: 0..experts },
+                LayerRole::Router => Place { name: router, shape: shape.to_vec(), rows: 0..moe.router_rows() },
                 LayerRole::Expert(e, Projection::Gate) => fused(gate_up, [experts, 2 * f, d], 2 * e * f..(2 * e + 1) * f),
                 LayerRole::Expert(e, Projection::Up) => fused(gate_up, [experts, 2 * f, d], (2 * e + 1) * f..(2 * e + 2) * f),
                 LayerRole::Expert(e, Projection::Down) => fused(down, [experts, d, f], e * d..(e + 1) * d),
@@ -101,7 +108,9 @@ impl Reader<'_> {
                     None => None,
                 };
                 let rule = Rule { top_k: moe.top_k, normalise: moe.normalise };
-                LayerMlp::Sparse(Sparse { router: self.gate(layer, LayerRole::Router, moe.experts)?, experts, rule, shared })
+                let rows = self.gate(layer, LayerRole::Router, moe.router_rows())?;
+                let router = if moe.directions.is_some() { Router::Subspace(rows) } else { Router::Linear(rows) };
+                LayerMlp::Sparse(Sparse { router, experts, rule, shared })
             }
             _ => {
                 let bias: Option<fn(Projection) -> LayerRole> = config.mlp_bias.then_some(LayerRole::MlpBias);

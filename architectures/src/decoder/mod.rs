@@ -12,6 +12,7 @@
 mod attention;
 mod block;
 mod cache;
+mod ensemble;
 mod load;
 mod matrix;
 mod mlp;
@@ -36,6 +37,8 @@ use self::{
 pub use self::{
     block::{Block, Sequences},
     cache::Cache,
+    ensemble::{Ensemble, EnsembleCache},
+    load::tensor,
     train::Substitute,
 };
 use crate::{
@@ -97,13 +100,49 @@ pub struct NoProbe;
 
 impl Probe for NoProbe {}
 
+/// What gives the next tokens' logits: a [`Decoder`], or an [`Ensemble`] of whole ones.
+pub trait LanguageModel {
+    /// What is remembered of one sequence.
+    type Cache;
+
+    /// Dimensions and switches.
+    fn config(&self) -> &Config;
+
+    /// An empty cache for one sequence.
+    fn cache(&self) -> Self::Cache;
+
+    /// Runs the new tokens of all sequences. Returns the wanted logits as f32 [rows, V], in the order of `steps`.
+    fn forward(&self, steps: &mut [Step<'_, Self::Cache>], probe: &mut dyn Probe) -> std::result::Result<Tensor, DecoderError>;
+
+    /// The expert that answers a sequence as a whole, or is most likely to; `None` where there is no such choice.
+    fn answering(&self, _cache: &Self::Cache) -> Option<usize> {
+        None
+    }
+}
+
+impl LanguageModel for Decoder {
+    type Cache = Cache;
+
+    fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn cache(&self) -> Cache {
+        self.cache()
+    }
+
+    fn forward(&self, steps: &mut [Step<'_>], probe: &mut dyn Probe) -> std::result::Result<Tensor, DecoderError> {
+        self.forward(steps, probe)
+    }
+}
+
 /// One sequence's share of a forward pass.
 #[derive(Debug)]
-pub struct Step<'a> {
-    /// new tokens, at positions `cache.len()..`
+pub struct Step<'a, C = Cache> {
+    /// new tokens, at the positions behind those that the cache holds
     pub tokens: &'a [u32],
-    /// keys and values of the tokens before; the new ones are appended
-    pub cache: &'a mut Cache,
+    /// what is remembered of the tokens before; the new ones are appended
+    pub cache: &'a mut C,
     /// of which new tokens the logits are wanted
     pub logits: Logits,
 }
@@ -117,6 +156,17 @@ pub enum Logits {
     Last,
     /// of all
     All,
+}
+
+impl Logits {
+    /// Of how many rows, of so many tokens.
+    fn rows(self, tokens: usize) -> usize {
+        match self {
+            Self::None => 0,
+            Self::Last => tokens.min(1),
+            Self::All => tokens,
+        }
+    }
 }
 
 /// Why a decoder could not be made or run.
@@ -143,13 +193,16 @@ pub enum DecoderError {
         dtype: DType,
     },
     /// a cache of another model
-    #[error("the cache has {found} layers, the model {expected}")]
+    #[error("the cache is another model's: it has {found} layers (of an ensemble: experts), the model {expected}")]
     Cache {
-        /// L
+        /// L, or E
         expected: usize,
         /// of the cache
         found: usize,
     },
+    /// models that do not make an ensemble
+    #[error("an ensemble needs experts")]
+    NoExperts,
     /// a probe left a routing that is none
     #[error("the routing of layer {layer} does not give each of {tokens} tokens some of {experts} experts")]
     Routing {
@@ -271,10 +324,7 @@ impl Decoder {
                 return Err(DecoderError::Cache { expected: self.layers.len(), found: step.cache.layers.len() });
             }
         }
-        let tokens: Vec<u32> = steps.iter().flat_map(|step| step.tokens).copied().collect();
-        if let Some(&token) = tokens.iter().find(|token| **token as usize >= self.config.vocab) {
-            return Err(DecoderError::Token { token, vocab: self.config.vocab });
-        }
+        let tokens = new_tokens(steps, self.config.vocab)?;
         let nothing = || Ok(Tensor::zeros((0, self.config.vocab), DType::F32, &self.device)?);
         if tokens.is_empty() {
             return nothing();
@@ -329,17 +379,22 @@ fn look(probe: &mut dyn Probe, site: Site, layer: usize, x: &Tensor) -> Result<(
     if probe.wants(site) { probe.observe(site, layer, x) } else { Ok(()) }
 }
 
+/// The new tokens of all sequences, each of them in the vocabulary.
+fn new_tokens<C>(steps: &[Step<'_, C>], vocab: usize) -> std::result::Result<Vec<u32>, DecoderError> {
+    let tokens: Vec<u32> = steps.iter().flat_map(|step| step.tokens).copied().collect();
+    match tokens.iter().find(|token| **token as usize >= vocab) {
+        Some(&token) => Err(DecoderError::Token { token, vocab }),
+        None => Ok(tokens),
+    }
+}
+
 /// Rows of the call whose logits are wanted.
 fn wanted_rows(steps: &[Step<'_>]) -> Vec<u32> {
     let mut wanted = Vec::new();
     let mut start = 0u32;
     for step in steps {
         let end = start + step.tokens.len() as u32;
-        wanted.extend(match step.logits {
-            Logits::None => end..end,
-            Logits::Last => end.saturating_sub(1).max(start)..end,
-            Logits::All => start..end,
-        });
+        wanted.extend(end - step.logits.rows(step.tokens.len()) as u32..end);
         start = end;
     }
     wanted

@@ -4,7 +4,10 @@
 //! result is the sum over its own choices in its own order: it does not depend on who else chose those experts.
 
 use candle_core::{D, DType, Device, Result, Tensor};
-use upcycle_routers::route::{Routing, Rule, route};
+use upcycle_routers::{
+    init::subspace::SCALE,
+    route::{Routing, Rule, route},
+};
 
 use super::{
     DecoderError, Probe,
@@ -20,10 +23,33 @@ use crate::kernels::{
 /// Tokens whose experts' outputs are summed in one task.
 const TOKENS: usize = 8;
 
+/// What gives a token's logits, in f32 on every device.
+#[derive(Debug, Clone)]
+pub(super) enum Router {
+    /// a gate [E, D]
+    Linear(Matrix),
+    /// of each expert R orthonormal directions, [E R, D]
+    Subspace(Matrix),
+}
+
+impl Router {
+    /// x [N, D] -> [N, E]
+    fn logits(&self, x: &Tensor, experts: usize) -> Result<Tensor> {
+        match self {
+            Self::Linear(gate) => gate.times(x),
+            Self::Subspace(directions) => {
+                let along = directions.times(x)?.sqr()?; // [N, E R]
+                let (n, rows) = along.dims2()?;
+                let within = along.reshape((n, experts, rows / experts))?.sum(D::Minus1)?; // [N, E]
+                within.broadcast_div(&x.sqr()?.sum_keepdim(D::Minus1)?)? * SCALE
+            }
+        }
+    }
+}
+
 #[derive(Debug, Clone)]
 pub(super) struct Sparse {
-    /// [E, D], in f32 on every device
-    pub router: Matrix,
+    pub router: Router,
     pub experts: Vec<Mlp>,
     pub rule: Rule,
     /// the shared expert and its gate [1, D]
@@ -34,7 +60,7 @@ impl Sparse {
     /// x [N, D] -> [N, D]
     pub fn forward(&self, x: &Tensor, layer: usize, probe: &mut dyn Probe) -> std::result::Result<Tensor, DecoderError> {
         let wide = x.to_dtype(DType::F32)?;
-        let scores = self.router.times(&wide)?; // [N, E]
+        let scores = self.router.logits(&wide, self.experts.len())?; // [N, E]
         let logits = scores.flatten_all()?.to_vec1::<f32>()?;
         let mut routing = route(&logits, self.experts.len(), self.rule);
         let own = scores.track_op().then(|| routing.clone());

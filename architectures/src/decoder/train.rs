@@ -11,6 +11,7 @@ use upcycle_routers::route::{Routing, Rule};
 use super::{
     Decoder, DecoderError, LayerMlp,
     matrix::{Linear, Mapped, Matrix},
+    moe::{Router, Sparse},
 };
 use crate::family::{AttentionPart, LayerRole, Role};
 
@@ -73,7 +74,7 @@ impl Decoder {
             (LayerRole::Attention(AttentionPart::O), _) => Place::Linear(&mut attention.o),
             (LayerRole::Attention(AttentionPart::QNorm), _) => Place::Vector(&mut attention.qk_norm.as_mut()?.0.weight),
             (LayerRole::Attention(AttentionPart::KNorm), _) => Place::Vector(&mut attention.qk_norm.as_mut()?.1.weight),
-            (LayerRole::Router, LayerMlp::Sparse(sparse)) => Place::Gate(&mut sparse.router),
+            (LayerRole::Router, LayerMlp::Sparse(Sparse { router: Router::Linear(gate), .. })) => Place::Gate(gate),
             (LayerRole::SharedGate, LayerMlp::Sparse(sparse)) => Place::Gate(&mut sparse.shared.as_mut()?.1),
             _ => return None,
         })

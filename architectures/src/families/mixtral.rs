@@ -42,6 +42,7 @@ fn read(json: &Value) -> Result<Config, ConfigError> {
         ffn: config.ffn,
         shared_ffn: None,
         sparse: vec![true; config.layers],
+        directions: None,
     };
     Ok(Config { windows: keys.one_window(config.layers, None)?, moe: Some(moe), ..config })
 }

@@ -388,6 +388,7 @@ impl<'a> Keys<'a> {
             ffn: self.needed_size("moe_intermediate_size")?,
             shared_ffn: None,
             sparse,
+            directions: None,
         })
     }
 }

@@ -270,7 +270,7 @@ mod tests {
     fn fitted() -> impl Iterator<Item = (&'static str, &'static [Candidate])> {
         METHODS.iter().filter_map(|method| match method.how {
             How::Fitted(candidates) => Some((method.name, candidates)),
-            How::Prompts { .. } => None,
+            How::Prompts { .. } | How::Runtime(_) => None,
         })
     }
 

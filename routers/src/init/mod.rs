@@ -13,7 +13,9 @@ mod hidden_avg;
 mod lda;
 mod random;
 mod ridge;
+pub mod sequence;
 mod softmax;
+pub mod subspace;
 mod torch_rng;
 mod uniform;
 mod uniform_random;
@@ -123,6 +125,29 @@ pub enum How {
     },
     /// From what the composite's routers see in text of each expert's domain: by [`fit`], for each layer.
     Fitted(&'static [Candidate]),
+    /// There are no gates, but another rule, which holds only here.
+    Runtime(Runtime),
+}
+
+/// A rule that no engine's file format can express.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Runtime {
+    /// whole experts, chosen for whole sequences: [`sequence`]
+    Sequence,
+    /// a router that is quadratic in its input: [`subspace`]
+    Subspace,
+}
+
+impl Runtime {
+    /// Why it cannot be written.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::Sequence => {
+                "its experts are whole models, each of which answers whole sequences, and files of Mixture-of-Experts models share all but the MLPs"
+            }
+            Self::Subspace => "its router is quadratic in what it sees, and files of Mixture-of-Experts models have linear gates",
+        }
+    }
 }
 
 impl Method {
@@ -130,14 +155,23 @@ impl Method {
     pub fn needs(&self) -> Option<Needs> {
         match self.how {
             How::Prompts { needs, .. } => Some(needs),
+            How::Runtime(_) => Some(Needs::Nothing),
             How::Fitted(_) => None,
+        }
+    }
+
+    /// What it is if no checkpoint can hold it.
+    pub fn runtime(&self) -> Option<Runtime> {
+        match self.how {
+            How::Runtime(runtime) => Some(runtime),
+            How::Prompts { .. } | How::Fitted(_) => None,
         }
     }
 
     /// What it fits; nothing if it is not fitted.
     pub fn candidates(&self) -> &'static [Candidate] {
         match self.how {
-            How::Prompts { .. } => &[],
+            How::Prompts { .. } | How::Runtime(_) => &[],
             How::Fitted(candidates) => candidates,
         }
     }
@@ -154,6 +188,8 @@ pub const METHODS: &[&Method] = &[
     &hidden_avg::METHOD,
     &cheap_embed::METHOD,
     &uniform::METHOD,
+    &sequence::METHOD,
+    &subspace::METHOD,
     &random::METHOD,
     &uniform_random::METHOD,
 ];
@@ -181,7 +217,7 @@ mod tests {
     fn init_of(method: &Method) -> fn(Shape, &Statistics) -> Vec<Gate> {
         match method.how {
             How::Prompts { init, .. } => init,
-            How::Fitted(_) => panic!("{} is fitted", method.name),
+            How::Fitted(_) | How::Runtime(_) => panic!("{} is not made from prompts", method.name),
         }
     }
 

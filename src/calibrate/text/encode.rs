@@ -1,8 +1,9 @@
 //! Text and messages to sequences: tokens as a model is given them when it is served, and which of them count.
 
-use std::ops::Range;
+use std::{collections::BTreeMap, ops::Range};
 
 use serde_json::{Map, Value};
+use upcycle_architectures::Config;
 
 use super::{Sequence, TextError};
 use crate::{
@@ -12,6 +13,7 @@ use crate::{
     },
     plan::Sources,
     recipe::Recipe,
+    source::Sidecar,
 };
 
 /// Put around what is said to find it again in a rendered template: code points that are no characters, so no text has them.
@@ -33,10 +35,15 @@ impl Encoder {
     pub(super) fn open(recipe: &Recipe, sources: &Sources) -> Result<Self, TextError> {
         let base = sources.base();
         let speaker = recipe.tokenizer.as_ref().map_or(base, |reference| sources.get(reference));
-        let tokenizer = Tokenizer::open(&speaker.sidecars, &base.config)?;
-        let template = ChatTemplate::open(&speaker.sidecars, tokenizer.special_tokens().clone())?;
+        Self::of(&speaker.sidecars, &base.config)
+    }
+
+    /// Of a model with this config and these files beside it.
+    pub(super) fn of(sidecars: &BTreeMap<String, Sidecar>, config: &Config) -> Result<Self, TextError> {
+        let tokenizer = Tokenizer::open(sidecars, config)?;
+        let template = ChatTemplate::open(sidecars, tokenizer.special_tokens().clone())?;
         let prefix = tokenizer.prefix()?;
-        Ok(Self { tokenizer, template, prefix, context: base.config.max_positions, vocab: base.config.vocab })
+        Ok(Self { tokenizer, template, prefix, context: config.max_positions, vocab: config.vocab })
     }
 
     /// Plain text, every token of which counts but special ones.

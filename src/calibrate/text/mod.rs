@@ -1,4 +1,5 @@
-//! The text that statistics are gathered on: a file where the recipe names one, otherwise what each expert writes itself.
+//! The text that statistics are gathered on: a file where the recipe names one, otherwise what each expert writes itself. Of a short file an
+//! expert goes on from many places: a few KB with what it makes of them are worth nearly as much as tens of KB.
 //!
 //! What is known here is which tokens say something about an expert: those of its text, not the BOS in front of it, not the chat template
 //! around it, and not a system prompt, which is the same in every chat. What is done with the text is not known here.
@@ -9,10 +10,16 @@ mod files;
 mod starts;
 mod write;
 
-use std::path::PathBuf;
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use serde::{Deserialize, Serialize};
-use upcycle_architectures::decoder::{Decoder, DecoderError};
+use upcycle_architectures::{
+    Config,
+    decoder::{Decoder, DecoderError},
+};
 use upcycle_routers::init::DEFAULT_SEED;
 
 use self::{
@@ -24,7 +31,7 @@ use crate::{
     engine::{template::TemplateError, tokenizer::TokenizerError},
     plan::Sources,
     recipe::Recipe,
-    source::Source,
+    source::{Sidecar, Source},
 };
 
 /// One stretch of text of one expert, to be run from its first token.
@@ -52,6 +59,13 @@ pub struct Corpus {
 pub enum Origin {
     /// its `text_file`
     File(PathBuf),
+    /// its `text_file`, which is short, and what the expert wrote going on from places in it
+    Continued {
+        /// the file
+        file: PathBuf,
+        /// and not just now
+        cached: bool,
+    },
     /// the expert wrote it
     Written {
         /// in what form
@@ -75,6 +89,8 @@ pub enum Form {
 pub struct TextOptions {
     /// tokens that count, per expert, of a file that has more
     pub tokens: usize,
+    /// tokens that count below which an expert goes on from its file
+    pub short: usize,
     /// tokens of one sequence of plain text
     pub window: usize,
     /// texts that an expert without a file writes
@@ -89,7 +105,7 @@ pub struct TextOptions {
 
 impl Default for TextOptions {
     fn default() -> Self {
-        Self { tokens: 8192, window: 256, continuations: 48, length: 128, batch: 16, cache: None }
+        Self { tokens: 8192, short: 4096, window: 256, continuations: 48, length: 128, batch: 16, cache: None }
     }
 }
 
@@ -132,7 +148,8 @@ pub enum TextError {
     Decoder(#[from] DecoderError),
 }
 
-/// The text of every expert of the recipe: `text_file` if it has one, otherwise what it writes going on from its prompts.
+/// The text of every expert of the recipe: `text_file` if it has one, with what the expert makes of it if it is short; otherwise what it
+/// writes going on from its prompts.
 ///
 /// `decoder` makes an expert's own model. It is called only for experts that write, one after another, and not where their text is in the
 /// cache. `progress` is told what is being done.
@@ -147,26 +164,34 @@ pub fn corpus(
     let names = names(&recipe.experts.iter().collect::<Vec<_>>());
     let mut corpus = Corpus { experts: Vec::new(), origin: Vec::new(), warnings: Vec::new() };
     for (expert, name) in recipe.experts.iter().zip(&names) {
+        let source = sources.get(&expert.source_model);
+        let seed = recipe.seed.unwrap_or(DEFAULT_SEED);
+        let author = |form, starts, options| Author { name, expert, source, form, starts, seed, encoder: &encoder, options, progress };
         let (sequences, origin) = if let Some(file) = &expert.text_file {
             progress(&format!("{name}: reading {}", file.display()));
-            (files::read(file, &encoder, options)?, Origin::File(file.clone()))
+            let mut sequences = files::read(file, &encoder, options)?;
+            let counted: usize = sequences.iter().map(Sequence::counted).sum();
+            if (1..options.short).contains(&counted) {
+                let starts = starts::snippets(&sequences, options.continuations, &encoder);
+                let options = TextOptions {
+                    continuations: options.continuations.min((options.tokens - counted).div_ceil(options.length)),
+                    ..options.clone()
+                };
+                let (written, cached) =
+                    written(&author(Some(Form::Plain), starts, &options), sources.base(), decoder, &mut corpus.warnings)?;
+                sequences.extend(written.sequences);
+                (sequences, Origin::Continued { file: file.clone(), cached })
+            } else {
+                (sequences, Origin::File(file.clone()))
+            }
         } else {
-            let author = Author {
-                name,
-                expert,
-                source: sources.get(&expert.source_model),
-                form: starts::form(recipe, sources, &encoder)?,
-                seed: recipe.seed.unwrap_or(DEFAULT_SEED),
-                encoder: &encoder,
-                options,
-                progress,
-            };
-            let (written, cached) = written(&author, sources.base(), decoder, &mut corpus.warnings)?;
+            let form = starts::form(recipe, sources, &encoder)?;
+            let (written, cached) = written(&author(form, Vec::new(), options), sources.base(), decoder, &mut corpus.warnings)?;
             (written.sequences, Origin::Written { form: written.form, cached })
         };
         if !sequences.iter().any(|sequence| sequence.counts.contains(&true)) {
             let reason = match &origin {
-                Origin::File(file) => format!("`{}` is empty", file.display()),
+                Origin::File(file) | Origin::Continued { file, .. } => format!("`{}` is empty", file.display()),
                 Origin::Written { .. } => "what it writes is empty or only repeats itself; give it a `text_file`".to_owned(),
             };
             return Err(TextError::None { expert: name.clone(), reason }.into());
@@ -175,6 +200,15 @@ pub fn corpus(
         corpus.origin.push(origin);
     }
     Ok(corpus)
+}
+
+/// A file's text for a model with this config and these files beside it: about `options.tokens` tokens that count, spread evenly over the file.
+pub fn read(file: &Path, sidecars: &BTreeMap<String, Sidecar>, config: &Config, options: &TextOptions) -> Result<Vec<Sequence>, TextError> {
+    let sequences = files::read(file, &Encoder::of(sidecars, config)?, options)?;
+    if sequences.is_empty() {
+        return Err(TextError::File { place: file.display().to_string(), reason: "it is empty".to_owned() });
+    }
+    Ok(sequences)
 }
 
 /// What an expert wrote, and whether that was before now.

@@ -1,4 +1,5 @@
-//! What an expert goes on from when it writes: its prompts, and where a prompt is only a keyword, something worth going on from.
+//! What an expert goes on from when it writes: its prompts, and where a prompt is only a keyword, something worth going on from; or places in
+//! a text.
 
 use serde_json::json;
 
@@ -11,6 +12,9 @@ use crate::{
 
 /// Tokens of a prompt; the rest of a longer one would only take the place of the expert's own words.
 const PROMPT: usize = 256;
+
+/// Tokens of a place in a text.
+const SNIPPET: usize = 24;
 
 /// How requests begin in English; in any language a question ends in a question mark.
 const REQUESTS: [&str; 50] = [
@@ -110,6 +114,31 @@ pub(super) fn starts(expert: &Expert, form: Form, encoder: &Encoder) -> Result<V
     }
     starts.retain(|start| !start.tokens.is_empty());
     Ok(starts)
+}
+
+/// `count` places in a text, evenly spread, to go on from; they do not count, because the text does. A chat is gone on from only where it was
+/// begun, as its template's tokens are of no meaning elsewhere.
+pub(super) fn snippets(text: &[Sequence], count: usize, encoder: &Encoder) -> Vec<Sequence> {
+    let total: usize = text.iter().map(Sequence::counted).sum();
+    let (mut seen, mut given, mut snippets) = (0, 0, Vec::new());
+    for sequence in text {
+        let first = sequence.counts.iter().position(|counts| *counts).unwrap_or(sequence.tokens.len());
+        let counted = sequence.counted();
+        seen += counted;
+        let due = count * seen / total.max(1) - given;
+        given += due;
+        if sequence.counts[first..].iter().all(|counts| *counts) && first <= usize::from(encoder.prefix.is_some()) {
+            let tokens = &sequence.tokens[first..];
+            let length = SNIPPET.min(tokens.len());
+            let places = (0..due).map(|i| i * (tokens.len() - length) / due);
+            snippets.extend(places.map(|at| encoder.prefixed(tokens[at..at + length].iter().map(|token| (*token, false)).collect())));
+        } else if due > 0 {
+            let mut start = sequence.clone().uncounted();
+            start.truncate(first + SNIPPET);
+            snippets.push(start);
+        }
+    }
+    snippets
 }
 
 /// What a keyword is put into, beside being gone on from as it is.

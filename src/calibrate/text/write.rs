@@ -40,6 +40,8 @@ pub(super) struct Author<'a> {
     pub(super) source: &'a Source,
     /// `None`: a chat if the expert answers
     pub(super) form: Option<Form>,
+    /// what it goes on from instead of its prompts; none if empty
+    pub(super) starts: Vec<Sequence>,
     pub(super) seed: u64,
     pub(super) encoder: &'a Encoder,
     pub(super) options: &'a TextOptions,
@@ -59,6 +61,9 @@ pub(super) struct Written {
 impl Author<'_> {
     /// What it goes on from, in the forms that come into question, the better first.
     pub(super) fn starts(&self) -> Result<Vec<(Form, Vec<Sequence>)>, TextError> {
+        if !self.starts.is_empty() {
+            return Ok(vec![(self.form.unwrap_or(Form::Plain), self.starts.clone())]);
+        }
         let forms = self.form.map_or_else(|| vec![Form::Chat, Form::Plain], |form| vec![form]);
         let starts = forms.into_iter().map(|form| Ok((form, starts::starts(self.expert, form, self.encoder)?)));
         let mut starts = starts.collect::<Result<Vec<_>, TextError>>()?;
