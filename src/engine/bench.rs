@@ -113,3 +113,41 @@ fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+    use upcycle_architectures::{TensorInfo, View, WeightsError, detect};
+
+    use super::*;
+
+    struct NoHeaders;
+
+    impl Weights for NoHeaders {
+        fn names(&self) -> Vec<String> {
+            Vec::new()
+        }
+
+        fn info(&self, _: &str) -> Option<TensorInfo> {
+            None
+        }
+
+        fn read(&self, name: &str) -> Result<View, WeightsError> {
+            Err(WeightsError::Missing { tensor: name.to_owned() })
+        }
+    }
+
+    #[test]
+    fn a_token_reads_what_it_needs() {
+        let (family, config) = detect(&json!({
+            "model_type": "mixtral", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "vocab_size": 100, "num_local_experts": 4, "num_experts_per_tok": 2, "torch_dtype": "bfloat16",
+        }))
+        .unwrap();
+        let bytes = bytes(family, &config, &NoHeaders);
+        let (attention, gate, experts, norms) = (8 * 8 * 2 + 8 * 4 * 2, 4 * 8, 3 * 8 * 16, 3 * 8);
+        assert_eq!(bytes.total, 2 * (attention + gate + 4 * experts + norms + 2 * 800));
+        assert_eq!(bytes.token, 2 * (attention + gate + 2 * experts + norms + 800));
+        assert_eq!(bytes.products, attention + gate + 2 * experts + norms);
+    }
+}
