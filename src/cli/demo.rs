@@ -33,7 +33,8 @@ const PROMPTS: [&str; 2] = ["Problem: Compute 12 + 30.\n", "And God said unto Mo
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     args.device.set_threads()?;
     let bundle = bundle()?;
-    let options = recipe::Options::default();
+    // That these experts' attention has drifted is known, and nothing that a first look should begin with.
+    let options = recipe::Options { allow: vec!["drift".to_owned()], ..recipe::Options::default() };
     let mut recipe = recipe::read(&bundle.join("recipe.yml"), &options)?;
     let names: Vec<String> = recipe.experts.iter().map(|expert| expert.source_model.path.trim_start_matches("./").to_owned()).collect();
 
