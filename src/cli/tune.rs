@@ -12,19 +12,16 @@ use candle_core::DType;
 use clap::ValueEnum;
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
 use upcycle::{
-    calibrate,
     engine::{device::DtypeChoice, tokenizer::Tokenizer},
-    plan::{self, Composite},
-    recipe::{self as recipes, LINTS},
-    source::{self, Source},
+    source::Source,
     tune::{self, Domain, Scope, Settings, Stage, Target, Task, TuneError, Tuned},
-    write::{self, Papers},
+    write,
 };
 use upcycle_routers::init::DEFAULT_SEED;
 
 use super::{
-    compose,
-    model::{self, DeviceArgs},
+    compose, composite,
+    model::DeviceArgs,
     recipe,
     texts::{self, TextArgs},
     ui,
@@ -105,13 +102,6 @@ enum Learn {
     Experts,
 }
 
-/// What is tuned, and what it is written with.
-struct Given {
-    composite: Composite,
-    experts: Vec<String>,
-    recipe: Option<recipes::Recipe>,
-}
-
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let start = Instant::now();
     args.device.set_threads()?;
@@ -128,7 +118,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     for (_, file) in &files {
         fs_err::metadata(file)?;
     }
-    let given = open(args)?;
+    let given = composite::open(&args.model, &args.options, &args.device)?.ok_or(TuneError::Dense)?;
     let domains = domains(&files, &given.experts, args.router_steps > 0 || args.learn == Learn::Experts)?;
     let teachers: Vec<&Source> =
         given.recipe.iter().flat_map(|recipe| &recipe.experts).map(|expert| given.composite.sources.get(&expert.source_model)).collect();
@@ -175,10 +165,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if tuned.changed.is_empty() {
         ui::warn("nothing was gained on the text held out: the composite is written as it was given");
     }
-    let composite = given.composite.replacing(tuned.changed.clone());
     let written = write::write_with(
-        &composite,
-        &papers(&composite, &given, &tuned, &settings, &domains),
+        &given.composite.replacing(tuned.changed.clone()),
+        &composite::papers(&given, &note(&tuned, &settings, &domains)),
         &args.out,
         &write::Options { overwrite: true, ..options },
         &ui::WriteProgress::new(),
@@ -189,29 +178,6 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     tracing::info!("wrote {} to {} in {}", HumanBytes(bytes), args.out.display(), HumanDuration(start.elapsed()));
     ui::hint(format!("upcycle eval {} --text DOMAIN=FILE: on text that was not used here", args.out.display()));
     Ok(())
-}
-
-fn open(args: &Args) -> anyhow::Result<Given> {
-    if model::is_recipe(&args.model) {
-        let mut recipe = recipe::read(Path::new(&args.model), &args.options)?;
-        let composite = recipe::composite(&mut recipe, &args.options, &args.device)?;
-        let experts = calibrate::names(&recipe.experts.iter().collect::<Vec<_>>());
-        return Ok(Given { composite, experts, recipe: Some(recipe) });
-    }
-    let source = source::open(&args.model.parse()?, &ui::open_options(None))?;
-    let Some(moe) = &source.config.moe else { return Err(TuneError::Dense.into()) };
-    let experts = names(&source, moe.experts);
-    let Some(composite) = plan::opened(source) else { return Err(TuneError::Dense.into()) };
-    Ok(Given { composite, experts, recipe: None })
-}
-
-/// What the experts of a composite on disk are called: as in the recipe beside it, or else by their number.
-fn names(source: &Source, experts: usize) -> Vec<String> {
-    let file = source.location.join(write::RECIPE);
-    let allow: Vec<String> = LINTS.iter().map(|lint| lint.name.to_owned()).collect();
-    let recipe = fs_err::read_to_string(&file).ok().and_then(|text| recipes::parse(&text, &file, &allow).ok());
-    let names = recipe.map(|(recipe, _)| calibrate::names(&recipe.experts.iter().collect::<Vec<_>>()));
-    names.filter(|names| names.len() == experts).unwrap_or_else(|| (0..experts).map(|e| e.to_string()).collect())
 }
 
 fn domains(files: &[(&str, &Path)], experts: &[String], labelled: bool) -> anyhow::Result<Vec<Domain>> {
@@ -230,32 +196,21 @@ fn domains(files: &[(&str, &Path)], experts: &[String], labelled: bool) -> anyho
     files.iter().zip(matched).map(domain).collect()
 }
 
-/// Those that the composite was given with, and what was done to it.
-fn papers<'a>(composite: &'a Composite, given: &Given, tuned: &Tuned, settings: &Settings, domains: &[Domain]) -> Papers<'a> {
-    let mut papers = if let Some(recipe) = &given.recipe {
-        write::papers(composite, recipe)
-    } else {
-        let source = composite.sources.base();
-        let read = |name: &'static str| Some((name, fs_err::read(source.location.join(name)).ok()?));
-        Papers { tokenizer: source, files: [write::RECIPE, write::CARD].into_iter().filter_map(read).collect() }
-    };
-    if !tuned.changed.is_empty() {
-        let what = match settings.scope {
-            Scope::Gates => "the gates".to_owned(),
-            Scope::Attention { rank } => format!("the gates, the norms and attention (changes of rank {rank})"),
-        };
-        let names = domains.iter().map(|domain| domain.name.as_str()).collect::<Vec<_>>().join(", ");
-        let [before, after] = [&tuned.start, &tuned.best].map(|losses| tune::mean(losses).exp());
-        let note = format!(
-            "\n## Tuned\n\n`upcycle tune` then trained {what} on {} tokens ({names}). Perplexity on text held out: {before:.2} before, {after:.2} \
-             after.\n",
-            tuned.tokens
-        );
-        for (_, bytes) in papers.files.iter_mut().filter(|(name, _)| *name == write::CARD) {
-            bytes.extend_from_slice(note.as_bytes());
-        }
+/// What was done, for the card; nothing if nothing was gained.
+fn note(tuned: &Tuned, settings: &Settings, domains: &[Domain]) -> String {
+    if tuned.changed.is_empty() {
+        return String::new();
     }
-    papers
+    let what = match settings.scope {
+        Scope::Gates => "the gates".to_owned(),
+        Scope::Attention { rank } => format!("the gates, the norms and attention (changes of rank {rank})"),
+    };
+    let names = domains.iter().map(|domain| domain.name.as_str()).collect::<Vec<_>>().join(", ");
+    let [before, after] = [&tuned.start, &tuned.best].map(|losses| tune::mean(losses).exp());
+    format!(
+        "\n## Tuned\n\n`upcycle tune` then trained {what} on {} tokens ({names}). Perplexity on text held out: {before:.2} before, {after:.2} after.\n",
+        tuned.tokens
+    )
 }
 
 fn print(tuned: &Tuned, domains: &[Domain]) {
