@@ -3,9 +3,15 @@
 use std::path::PathBuf;
 
 use anyhow::Context as _;
+use sysinfo::{MemoryRefreshKind, RefreshKind, System};
 use upcycle::engine::{ChatTemplate, Engine, Options, Sampling, Text};
+use upcycle_architectures::decoder::{self, LanguageModel, Memory as _};
 
-use super::model::{self, DeviceArgs, Loaded};
+use super::{
+    compose,
+    model::{self, DeviceArgs, Loaded},
+    ui,
+};
 
 /// How text is generated. What is not given is what the model's `generation_config.json` recommends.
 #[derive(Debug, Clone, clap::Args)]
@@ -34,6 +40,34 @@ pub(crate) struct GenerationArgs {
     /// Tokens that prompt and answer may have together; the model's limit if not given
     #[arg(long, value_name = "N")]
     ctx_size: Option<usize>,
+    /// Memory for keys and values, as 500M or 4G; if not given, what the requests answered together can fill, but at most half of what is free
+    #[arg(long, value_name = "SIZE", value_parser = compose::size)]
+    cache_size: Option<u64>,
+    /// Type that keys and values are kept in on the CPU
+    #[arg(long, value_enum, value_name = "TYPE", default_value = "f16")]
+    kv_type: KvType,
+    /// Look up at most N next tokens in the text so far and check them together; the answers stay the same
+    #[arg(long, value_name = "N", default_value_t = Options::default().lookup)]
+    lookup: usize,
+}
+
+/// Names of the types of keys and values.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum KvType {
+    F32,
+    F16,
+    #[value(name = "q8_0")]
+    Q8_0,
+}
+
+impl From<KvType> for decoder::KvType {
+    fn from(name: KvType) -> Self {
+        match name {
+            KvType::F32 => Self::F32,
+            KvType::F16 => Self::F16,
+            KvType::Q8_0 => Self::Q8_0,
+        }
+    }
 }
 
 impl GenerationArgs {
@@ -46,11 +80,12 @@ impl GenerationArgs {
             let template = ChatTemplate::new(&fs_err::read_to_string(file)?, text.tokenizer.special_tokens().clone());
             text.template = Some(template.with_context(|| file.display().to_string())?);
         }
-        let options = Options { context: self.ctx_size, ..options };
+        let options = Options { context: self.ctx_size, cache: self.cache_size.map(|size| size as usize), lookup: self.lookup, ..options };
+        let kv_type = self.kv_type.into();
         Ok(if loaded.experts.is_empty() {
-            Engine::start(model::load_decoder(loaded, device)?, text, options)?
+            start(model::load_decoder(loaded, device)?.with_kv_type(kv_type)?, text, options)?
         } else {
-            Engine::start(model::load_ensemble(loaded, device)?, text, options)?
+            start(model::load_ensemble(loaded, device)?.with_kv_type(kv_type)?, text, options)?
         })
     }
 
@@ -66,4 +101,25 @@ impl GenerationArgs {
             ..r
         }
     }
+}
+
+/// Starts an engine whose caches leave others half of the memory that is free, if the user said nothing else.
+fn start<M>(model: M, text: Text, mut options: Options) -> anyhow::Result<Engine>
+where
+    M: LanguageModel + Send + 'static,
+{
+    let limit = model.config().max_positions.min(options.context.unwrap_or(usize::MAX));
+    if options.cache.is_none() {
+        let wanted = model.cache().growth(limit).saturating_mul(options.parallel);
+        let system = System::new_with_specifics(RefreshKind::nothing().with_memory(MemoryRefreshKind::everything()))?;
+        options.cache = Some(wanted.min(system.available_memory() as usize / 2));
+    }
+    let engine = Engine::start(model, text, options)?;
+    if engine.context() < limit {
+        let context = engine.context();
+        ui::warn(format!(
+            "prompt and answer can have {context} tokens instead of {limit}: the memory for keys and values is full then (`--cache-size`)"
+        ));
+    }
+    Ok(engine)
 }

@@ -10,7 +10,7 @@ use upcycle_routers::{
     route::Routing,
 };
 
-use super::{Cache, Decoder, DecoderError, LanguageModel, Logits, Memory, NoProbe, Probe, Step, cache::Caches, new_tokens};
+use super::{Cache, Decoder, DecoderError, KvType, LanguageModel, Logits, Memory, NoProbe, Probe, Step, cache::Caches, new_tokens};
 use crate::config::Config;
 
 /// Several decoders, of which each sequence is answered by one.
@@ -131,6 +131,12 @@ impl Ensemble {
         let least = |of: fn(&Config) -> usize| experts.iter().map(|expert| of(&expert.config)).min().ok_or(DecoderError::NoExperts);
         let (vocab, max_positions) = (least(|config| config.vocab)?, least(|config| config.max_positions)?);
         Ok(Self { config: Config { vocab, max_positions, ..experts[0].config.clone() }, experts })
+    }
+
+    /// The same with keys and values of another type: [`Decoder::with_kv_type`].
+    pub fn with_kv_type(self, kv_type: KvType) -> std::result::Result<Self, DecoderError> {
+        let experts = self.experts.into_iter().map(|expert| expert.with_kv_type(kv_type)).collect::<std::result::Result<_, _>>()?;
+        Ok(Self { experts, ..self })
     }
 
     /// E
