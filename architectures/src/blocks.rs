@@ -9,6 +9,7 @@ use crate::weights::Dtype;
 pub(crate) fn decode(dtype: Dtype, data: &[u8], out: &mut [f32]) {
     match dtype {
         Dtype::Q4_0 => each(data, out, q4_0),
+        Dtype::Q5_0 => each(data, out, q5_0),
         Dtype::Q8_0 => each(data, out, q8_0),
         Dtype::Q4K => each(data, out, q4_k),
         Dtype::Q5K => each(data, out, q5_k),
@@ -34,6 +35,17 @@ fn q4_0(block: &[u8; 18], out: &mut [f32; 32]) {
     for ((q, low), high) in block[2..].iter().zip(low).zip(high) {
         *low = d * f32::from((q & 15) as i8 - 8);
         *high = d * f32::from((q >> 4) as i8 - 8);
+    }
+}
+
+/// d, four bytes with the fifth bits of all elements, then 16 bytes as in `Q4_0`.
+fn q5_0(block: &[u8; 22], out: &mut [f32; 32]) {
+    let (d, fifth) = (half(block, 0), u32::from_le_bytes([block[2], block[3], block[4], block[5]]));
+    let bit = |i: usize| (fifth >> i & 1) as u8 * 16;
+    let (low, high) = out.split_at_mut(16);
+    for (i, ((q, low), high)) in block[6..].iter().zip(low).zip(high).enumerate() {
+        *low = d * f32::from((q & 15 | bit(i)) as i8 - 16);
+        *high = d * f32::from((q >> 4 | bit(i + 16)) as i8 - 16);
     }
 }
 
@@ -128,6 +140,7 @@ mod tests {
     fn agrees_with_candle() {
         let types = [
             (Dtype::Q4_0, GgmlDType::Q4_0),
+            (Dtype::Q5_0, GgmlDType::Q5_0),
             (Dtype::Q8_0, GgmlDType::Q8_0),
             (Dtype::Q4K, GgmlDType::Q4K),
             (Dtype::Q5K, GgmlDType::Q5K),

@@ -24,6 +24,8 @@ pub enum Dtype {
     F64,
     /// ggml's blocks of 32: 4-bit integers and one scale
     Q4_0,
+    /// ggml's blocks of 32: 5-bit integers and one scale
+    Q5_0,
     /// ggml's blocks of 32: 8-bit integers and one scale
     Q8_0,
     /// ggml's blocks of 256: 4-bit integers, a scale and a minimum for every 32
@@ -43,6 +45,7 @@ impl Dtype {
             Self::F32 => (1, 4),
             Self::F64 => (1, 8),
             Self::Q4_0 => (32, 18),
+            Self::Q5_0 => (32, 22),
             Self::Q8_0 => (32, 34),
             Self::Q4K => (256, 144),
             Self::Q5K => (256, 176),
@@ -75,7 +78,7 @@ impl Dtype {
             Self::F16 => "F16",
             Self::F32 => "F32",
             Self::F64 => "F64",
-            Self::Q4_0 | Self::Q8_0 | Self::Q4K | Self::Q5K | Self::Q6K => self.torch_name(),
+            Self::Q4_0 | Self::Q5_0 | Self::Q8_0 | Self::Q4K | Self::Q5K | Self::Q6K => self.torch_name(),
         }
     }
 
@@ -88,6 +91,7 @@ impl Dtype {
             Self::F32 => "float32",
             Self::F64 => "float64",
             Self::Q4_0 => "Q4_0",
+            Self::Q5_0 => "Q5_0",
             Self::Q8_0 => "Q8_0",
             Self::Q4K => "Q4_K",
             Self::Q5K => "Q5_K",
@@ -114,7 +118,7 @@ impl Dtype {
             Self::F8E4M3 => DType::F8E4M3,
             Self::Bf16 => DType::BF16,
             Self::F16 => DType::F16,
-            Self::F32 | Self::Q4_0 | Self::Q8_0 | Self::Q4K | Self::Q5K | Self::Q6K => DType::F32,
+            Self::F32 | Self::Q4_0 | Self::Q5_0 | Self::Q8_0 | Self::Q4K | Self::Q5K | Self::Q6K => DType::F32,
             Self::F64 => DType::F64,
         }
     }
@@ -174,7 +178,7 @@ impl View {
                 data.chunks_exact(8).map(|b| f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]) as f32).collect()
             }
             Dtype::F8E4M3 => data.iter().map(|&b| f8e4m3_to_f32(b)).collect(),
-            Dtype::Q4_0 | Dtype::Q8_0 | Dtype::Q4K | Dtype::Q5K | Dtype::Q6K => {
+            Dtype::Q4_0 | Dtype::Q5_0 | Dtype::Q8_0 | Dtype::Q4K | Dtype::Q5K | Dtype::Q6K => {
                 let mut values = vec![0.0; self.info.elements()];
                 blocks::decode(self.info.dtype, data, &mut values);
                 values
@@ -190,7 +194,9 @@ impl View {
             Dtype::Bf16 => values.iter().for_each(|v| data.extend_from_slice(&bf16::from_f32(*v).to_le_bytes())),
             Dtype::F16 => values.iter().for_each(|v| data.extend_from_slice(&f16::from_f32(*v).to_le_bytes())),
             Dtype::F64 => values.iter().for_each(|v| data.extend_from_slice(&f64::from(*v).to_le_bytes())),
-            Dtype::F8E4M3 | Dtype::Q4_0 | Dtype::Q8_0 | Dtype::Q4K | Dtype::Q5K | Dtype::Q6K => return Err(WeightsError::Cast { dtype }),
+            Dtype::F8E4M3 | Dtype::Q4_0 | Dtype::Q5_0 | Dtype::Q8_0 | Dtype::Q4K | Dtype::Q5K | Dtype::Q6K => {
+                return Err(WeightsError::Cast { dtype });
+            }
         }
         Ok(Self { info: TensorInfo { dtype, shape }, data: data.into() })
     }

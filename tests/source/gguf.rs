@@ -282,6 +282,7 @@ fn floats_and_known_blocks_are_kept_and_others_decoded() {
         (GgmlDType::F16, 1e-3, Dtype::F16),
         (GgmlDType::BF16, 0.0, Dtype::Bf16),
         (GgmlDType::Q8_0, 0.002, Dtype::Q8_0),
+        (GgmlDType::Q5_0, 0.03, Dtype::Q5_0),
         (GgmlDType::Q5_1, 0.02, Dtype::F32),
         (GgmlDType::Q4_0, 0.05, Dtype::Q4_0),
     ] {

@@ -126,6 +126,7 @@ pub(super) fn dtype(stored: &Stored) -> Option<Dtype> {
         GgmlDType::F16 => Dtype::F16,
         GgmlDType::BF16 => Dtype::Bf16,
         GgmlDType::Q4_0 => Dtype::Q4_0,
+        GgmlDType::Q5_0 => Dtype::Q5_0,
         GgmlDType::Q8_0 => Dtype::Q8_0,
         GgmlDType::Q4K => Dtype::Q4K,
         GgmlDType::Q5K => Dtype::Q5K,
