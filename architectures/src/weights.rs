@@ -186,8 +186,13 @@ impl View {
         }
     }
 
-    /// A view that owns `values` cast to `dtype` (round to nearest even). `values.len()` is the product of `shape`.
+    /// A view that owns `values` cast to `dtype` (round to nearest even; blocks as [`encode`](blocks::encode) finds them). `values.len()` is the product of `shape`.
     pub fn from_f32(values: &[f32], dtype: Dtype, shape: Vec<usize>) -> Result<Self, WeightsError> {
+        if dtype.is_blocks() {
+            let row = shape.last().copied().unwrap_or(1);
+            let data = blocks::encode(dtype, values, row, None).ok_or(WeightsError::Cast { dtype })?;
+            return Ok(Self { info: TensorInfo { dtype, shape }, data: data.into() });
+        }
         let mut data = Vec::with_capacity(dtype.bytes(values.len()));
         match dtype {
             Dtype::F32 => values.iter().for_each(|v| data.extend_from_slice(&v.to_le_bytes())),

@@ -1,9 +1,18 @@
-//! The block types of ggml: a scale or two beside the small integers of 32 or 256 neighbours in a row. What the bytes mean, nothing more;
+//! The block types of ggml: a scale or two beside the small integers of 32 or 256 neighbours in a row. What the bytes mean, and how to find them;
 //! the layouts are those of llama.cpp's `ggml-common.h`.
+
+mod encode;
 
 use half::f16;
 
 use crate::weights::Dtype;
+
+/// The blocks of a tensor [..., row] of f32 values, in parallel; `importance` says how much each column matters (one row of it, none negative).
+/// `None` if `dtype` has no blocks or a row is no whole number of them.
+pub fn encode(dtype: Dtype, values: &[f32], row: usize, importance: Option<&[f32]>) -> Option<Vec<u8>> {
+    let importance = importance.filter(|importance| importance.len() == row);
+    (dtype.is_blocks() && row.is_multiple_of(dtype.block().0)).then(|| encode::encode(dtype, values, row, importance))
+}
 
 /// Decodes whole blocks of `dtype`, as many as `out` holds. For types without blocks it does nothing.
 pub(crate) fn decode(dtype: Dtype, data: &[u8], out: &mut [f32]) {
