@@ -433,7 +433,7 @@ fn embed(source: &Source, embedding: Option<&View>, texts: &Sequences, device: &
         Some(view) => view.clone(),
         None => source.weights.read(&source.family.name(Role::Embedding).unwrap_or_default())?,
     };
-    let bytes = d * view.info.dtype.size();
+    let bytes = view.info.dtype.bytes(d);
     let rows: Vec<u8> = texts.tokens().flat_map(|token| view.data.slice(token as usize * bytes..(token as usize + 1) * bytes)).collect();
     let shape = vec![rows.len() / bytes, d];
     let info = upcycle_architectures::TensorInfo { dtype: view.info.dtype, shape };

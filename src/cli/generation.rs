@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use anyhow::Context as _;
 use sysinfo::{MemoryRefreshKind, RefreshKind, System};
 use upcycle::engine::{ChatTemplate, Engine, Options, Sampling, Text};
-use upcycle_architectures::decoder::{self, LanguageModel, Memory as _};
+use upcycle_architectures::decoder::{LanguageModel, Memory as _};
 
 use super::{
     compose,
-    model::{self, DeviceArgs, Loaded},
+    model::{self, DeviceArgs, KvArgs, Loaded, Precision},
     ui,
 };
 
@@ -43,31 +43,11 @@ pub(crate) struct GenerationArgs {
     /// Memory for keys and values, as 500M or 4G; if not given, what the requests answered together can fill, but at most half of what is free
     #[arg(long, value_name = "SIZE", value_parser = compose::size)]
     cache_size: Option<u64>,
-    /// Type that keys and values are kept in on the CPU
-    #[arg(long, value_enum, value_name = "TYPE", default_value = "f16")]
-    kv_type: KvType,
+    #[command(flatten)]
+    kv: KvArgs,
     /// Look up at most N next tokens in the text so far and check them together; the answers stay the same
     #[arg(long, value_name = "N", default_value_t = Options::default().lookup)]
     lookup: usize,
-}
-
-/// Names of the types of keys and values.
-#[derive(Debug, Clone, Copy, clap::ValueEnum)]
-enum KvType {
-    F32,
-    F16,
-    #[value(name = "q8_0")]
-    Q8_0,
-}
-
-impl From<KvType> for decoder::KvType {
-    fn from(name: KvType) -> Self {
-        match name {
-            KvType::F32 => Self::F32,
-            KvType::F16 => Self::F16,
-            KvType::Q8_0 => Self::Q8_0,
-        }
-    }
 }
 
 impl GenerationArgs {
@@ -81,11 +61,10 @@ impl GenerationArgs {
             text.template = Some(template.with_context(|| file.display().to_string())?);
         }
         let options = Options { context: self.ctx_size, cache: self.cache_size.map(|size| size as usize), lookup: self.lookup, ..options };
-        let kv_type = self.kv_type.into();
         Ok(if loaded.experts.is_empty() {
-            start(model::load_decoder(loaded, device)?.with_kv_type(kv_type)?, text, options)?
+            start(self.kv.decoder(model::load_decoder(loaded, device, Precision::Fast)?, Precision::Fast)?, text, options)?
         } else {
-            start(model::load_ensemble(loaded, device)?.with_kv_type(kv_type)?, text, options)?
+            start(self.kv.ensemble(model::load_ensemble(loaded, device, Precision::Fast)?, Precision::Fast)?, text, options)?
         })
     }
 

@@ -13,7 +13,7 @@ use upcycle::{
 };
 use upcycle_architectures::{
     Config, Family, Weights,
-    decoder::{Decoder, Ensemble},
+    decoder::{Decoder, Ensemble, KvType},
 };
 use upcycle_routers::init::Runtime;
 
@@ -50,8 +50,57 @@ impl DeviceArgs {
     }
 
     /// The type to compute a model of this config in.
-    pub(crate) fn dtype(&self, device: &Device, config: &Config) -> DType {
-        device::dtype(self.dtype, device, config)
+    pub(crate) fn dtype(&self, precision: Precision, device: &Device, config: &Config) -> DType {
+        match precision {
+            Precision::Full => device::dtype(self.dtype, device, config),
+            Precision::Fast => device::serving_dtype(self.dtype, device, config),
+        }
+    }
+}
+
+/// What counts, where `--dtype` does not say.
+#[derive(Clone, Copy)]
+pub(crate) enum Precision {
+    /// every digit: to measure a model
+    Full,
+    /// speed: to generate text
+    Fast,
+}
+
+/// How keys and values are kept.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct KvArgs {
+    /// Type that keys and values are kept in on the CPU; f16 to generate text, f32 to measure a model if not given
+    #[arg(long, value_enum, value_name = "TYPE")]
+    kv_type: Option<KvName>,
+}
+
+/// Names of their types.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum KvName {
+    F32,
+    F16,
+    #[value(name = "q8_0")]
+    Q8_0,
+}
+
+impl KvArgs {
+    fn kv_type(&self, precision: Precision) -> KvType {
+        match (self.kv_type, precision) {
+            (Some(KvName::F32), _) | (None, Precision::Full) => KvType::F32,
+            (Some(KvName::F16), _) | (None, Precision::Fast) => KvType::F16,
+            (Some(KvName::Q8_0), _) => KvType::Q8_0,
+        }
+    }
+
+    /// The decoder, keeping them so.
+    pub(crate) fn decoder(&self, decoder: Decoder, precision: Precision) -> anyhow::Result<Decoder> {
+        Ok(decoder.with_kv_type(self.kv_type(precision))?)
+    }
+
+    /// The ensemble, keeping them so.
+    pub(crate) fn ensemble(&self, ensemble: Ensemble, precision: Precision) -> anyhow::Result<Ensemble> {
+        Ok(ensemble.with_kv_type(self.kv_type(precision))?)
     }
 }
 
@@ -143,17 +192,17 @@ fn title(recipe: &Path) -> String {
 }
 
 /// The decoder of an opened model.
-pub(crate) fn load_decoder(loaded: &Loaded, args: &DeviceArgs) -> anyhow::Result<Decoder> {
+pub(crate) fn load_decoder(loaded: &Loaded, args: &DeviceArgs, precision: Precision) -> anyhow::Result<Decoder> {
     let device = args.open()?;
-    let dtype = args.dtype(&device, &loaded.config);
+    let dtype = args.dtype(precision, &device, &loaded.config);
     Ok(Decoder::load(loaded.family, &loaded.config, &*loaded.weights, dtype, &device)?)
 }
 
 /// The decoders of an opened model's whole experts.
-pub(crate) fn load_ensemble(loaded: &Loaded, args: &DeviceArgs) -> anyhow::Result<Ensemble> {
+pub(crate) fn load_ensemble(loaded: &Loaded, args: &DeviceArgs, precision: Precision) -> anyhow::Result<Ensemble> {
     let device = args.open()?;
     let decoder = |expert: &Whole| {
-        let dtype = args.dtype(&device, &expert.config);
+        let dtype = args.dtype(precision, &device, &expert.config);
         Decoder::load(expert.family, &expert.config, &*expert.weights, dtype, &device).with_context(|| expert.name.clone())
     };
     Ok(Ensemble::new(loaded.experts.iter().map(decoder).collect::<anyhow::Result<_>>()?)?)

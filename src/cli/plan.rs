@@ -6,6 +6,7 @@ use anstream::println;
 use indicatif::HumanBytes;
 use serde_json::json;
 use upcycle::{inspect, plan::Plan, recipe::Recipe};
+use upcycle_architectures::Dtype;
 use upcycle_routers::init::Runtime;
 
 use super::recipe;
@@ -114,7 +115,6 @@ fn sequence(recipe: &Recipe, args: &Args) -> anyhow::Result<()> {
 
 /// Most bytes of tensors held at once while writing: one part per thread, as f32 beside its own bytes where it is converted.
 fn memory(plan: &Plan) -> u64 {
-    let largest = plan.tensors.iter().map(|t| t.info.bytes() / t.parts.len().max(1)).max().unwrap_or(0) as u64;
-    let f32s = largest / plan.dtype.size() as u64 * 4;
-    (largest + f32s) * rayon::current_num_threads() as u64
+    let largest = plan.tensors.iter().map(|t| t.info.elements() / t.parts.len().max(1)).max().unwrap_or(0);
+    (plan.dtype.bytes(largest) + Dtype::F32.bytes(largest)) as u64 * rayon::current_num_threads() as u64
 }

@@ -177,10 +177,13 @@ fn admit<M: LanguageModel>(
     while active.len() < limits.parallel
         && let Some(mut sequence) = waiting.pop_front()
     {
+        let cached = sequence.cached;
         let start = head_start(&sequence, active, prefixes);
         sequence.catch_up(start);
         let wanted = || active.iter().chain([&sequence]).map(|sequence| sequence.cache.growth(sequence.unread().len() + MARGIN)).sum();
         if !make_room(model, limits.cache, prefixes, wanted) && !active.is_empty() {
+            // Who waits holds nothing.
+            (sequence.cache, sequence.cached) = (model.cache(), cached);
             waiting.push_front(sequence);
             return;
         }

@@ -91,7 +91,7 @@ impl Composite {
             },
             Part::Gate { layer } => flat(self.gates.routed.get(*layer).map_or(&[][..], |gate| &gate.weight)),
             Part::SharedGate { layer } => flat(self.gates.shared.get(*layer).map_or(&[][..], |gate| &gate.weight)),
-            Part::Zeros { elements } => Ok(vec![0; elements * dtype.size()].into()),
+            Part::Zeros { elements } => Ok(vec![0; dtype.bytes(*elements)].into()),
         }
     }
 
@@ -173,10 +173,10 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Noise, then scale, each rounded to the tensor's own type, as mergekit does it. mergekit draws from torch's generator in write order; this
+/// Noise, then scale, each rounded to the tensor's own type (f32 for blocks), as mergekit does it. mergekit draws from torch's generator in write order; this
 /// draws from ChaCha by tensor, so that the values differ but do not depend on order.
 fn edit(view: &View, noise: Option<f64>, scale: Option<f64>, mut rng: ChaCha8Rng) -> Result<View, WeightsError> {
-    let dtype: Dtype = view.info.dtype;
+    let dtype: Dtype = view.info.dtype.decoded();
     let round = |values: &[f32]| Ok(View::from_f32(values, dtype, vec![values.len()])?.to_f32());
     let mut values = view.to_f32();
     if let Some(noise) = noise {

@@ -129,6 +129,8 @@ fn finite(bytes: &[u8], dtype: Dtype) -> bool {
         Dtype::F32 => all(4, |b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) & 0x7f80_0000 != 0x7f80_0000),
         Dtype::F64 => all(8, |b| u16::from_le_bytes([b[6], b[7]]) & 0x7ff0 != 0x7ff0),
         Dtype::F8E4M3 => all(1, |b| b[0] & 0x7f != 0x7f),
+        // A plan has none of these.
+        Dtype::Q4_0 | Dtype::Q5_0 | Dtype::Q8_0 | Dtype::Q4K | Dtype::Q5K | Dtype::Q6K => true,
     }
 }
 

@@ -53,7 +53,7 @@ impl Model<'_> {
                 Some(info) if info.shape != place.shape => {
                     return Err(WeightsError::Shape { tensor: place.name, expected: place.shape, found: info.shape });
                 }
-                Some(_) => {}
+                Some(info) => info.check(&place.name)?,
             }
         }
         Ok(())
@@ -193,7 +193,7 @@ impl Reader<'_> {
         if place.shape == shape {
             return Ok(whole);
         }
-        let row = shape[1..].iter().product::<usize>() * whole.info.dtype.size();
+        let row = whole.info.dtype.bytes(shape[1..].iter().product());
         let data = whole.data.slice(place.rows.start * row..place.rows.end * row);
         let info = TensorInfo { dtype: whole.info.dtype, shape: shape.to_vec() };
         self.fused.insert(place.name, whole);

@@ -10,7 +10,7 @@ use half::{f16, slice::HalfFloatSliceExt as _};
 
 use super::{
     Kernels, parallel,
-    simd::{F16, F32, Kernel, Simd, Stored, exp},
+    simd::{F16, F32, Kernel, Simd, exp},
 };
 
 /// Positions in a block of keys and values.
@@ -115,15 +115,27 @@ trait Row: Copy + 'static {
 }
 
 // SAFETY of the reads below: the callers', who give addresses of whole rows; every read is unaligned.
-impl<E: Stored> Row for E {
+impl Row for F32 {
     #[inline(always)]
     unsafe fn load<S: Simd>(row: *const u8, at: usize) -> S::Vector {
-        unsafe { <E as Stored>::load::<S>(row.add(at * E::SIZE)) }
+        unsafe { S::load(row.add(4 * at).cast()) }
     }
 
     #[inline(always)]
     unsafe fn one(row: *const u8, at: usize) -> f32 {
-        unsafe { <E as Stored>::one(row.add(at * E::SIZE)) }
+        unsafe { row.add(4 * at).cast::<f32>().read_unaligned() }
+    }
+}
+
+impl Row for F16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(row: *const u8, at: usize) -> S::Vector {
+        unsafe { S::load_f16(row.add(2 * at)) }
+    }
+
+    #[inline(always)]
+    unsafe fn one(row: *const u8, at: usize) -> f32 {
+        f16::from_bits(unsafe { row.add(2 * at).cast::<u16>().read_unaligned() }).to_f32()
     }
 }
 

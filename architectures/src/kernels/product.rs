@@ -7,9 +7,11 @@
 //! All products of a step that do not need each other ([`Job`]) are one parallel loop: q, k and v; the gate and up projections of all chosen
 //! experts; their down projections.
 
+use half::bf16;
+
 use super::{
     Kernels, parallel,
-    simd::{Bf16, F16, F32, Kernel, Simd, Stored, exp},
+    simd::{F16, F32, Kernel, Multiply, Simd, exp},
 };
 use crate::config::Activation;
 
@@ -107,7 +109,8 @@ pub(crate) struct Job<'a> {
 /// A job's part of the loop: its place in the list of tasks and the raw form of its output, of which each task writes another part.
 struct Part<'a> {
     operation: Operation<'a>,
-    x: &'a [f32],
+    /// of the type that the weights are multiplied with
+    x: *const (),
     rows: Rows<'a>,
     y: *mut f32,
     n: usize,
@@ -119,8 +122,46 @@ struct Part<'a> {
     first: usize,
 }
 
-// SAFETY: `y` is a job's exclusive slice, of which tasks write disjoint parts.
+// SAFETY: `x` is only read; `y` is a job's exclusive slice, of which tasks write disjoint parts.
 unsafe impl Sync for Part<'_> {}
+
+/// All x of some jobs in bf16. Jobs share their x: q, k and v, the experts of a layer.
+#[derive(Default)]
+struct Rounded(Vec<(*const f32, Vec<bf16>)>);
+
+impl Rounded {
+    fn of(kernels: Kernels, jobs: &[Job<'_>]) -> Self {
+        let mut rounded = Self::default();
+        if kernels == Kernels::Avx512Bf16 {
+            for job in jobs.iter().filter(|job| job.operation.weights().element == Element::Bf16) {
+                if rounded.get(job.x).is_none() {
+                    rounded.0.push((job.x.as_ptr(), kernels.run(Round(job.x))));
+                }
+            }
+        }
+        rounded
+    }
+
+    fn get(&self, x: &[f32]) -> Option<&[bf16]> {
+        self.0.iter().find(|(start, rounded)| *start == x.as_ptr() && rounded.len() == x.len()).map(|(_, rounded)| &rounded[..])
+    }
+}
+
+/// To the nearest, ties to even.
+struct Round<'a>(&'a [f32]);
+
+impl Kernel for Round<'_> {
+    type Output = Vec<bf16>;
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) -> Vec<bf16> {
+        let mut rounded = vec![bf16::ZERO; self.0.len()];
+        for (rounded, x) in rounded.iter_mut().zip(self.0) {
+            *rounded = bf16::from_f32(*x);
+        }
+        rounded
+    }
+}
 
 /// Does all jobs in one parallel loop.
 ///
@@ -128,6 +169,7 @@ unsafe impl Sync for Part<'_> {}
 /// If a job's slices are not of the shapes that its operation asks for, or a listed row is not in x.
 pub(crate) fn run(kernels: Kernels, jobs: Vec<Job<'_>>) {
     let mut tasks = 0;
+    let rounded = Rounded::of(kernels, &jobs);
     let parts: Vec<Part<'_>> = jobs
         .into_iter()
         .map(|job| {
@@ -148,7 +190,11 @@ pub(crate) fn run(kernels: Kernels, jobs: Vec<Job<'_>>) {
             let across = n.div_ceil(ROWS);
             let first = tasks;
             tasks += weights.rows.div_ceil(block) * across;
-            Part { operation: job.operation, x: job.x, rows: job.rows, y: job.y.as_mut_ptr(), n, block, across, first }
+            let x = match rounded.get(job.x) {
+                Some(rounded) if weights.element == Element::Bf16 => rounded.as_ptr().cast(),
+                _ => job.x.as_ptr().cast(),
+            };
+            Part { operation: job.operation, x, rows: job.rows, y: job.y.as_mut_ptr(), n, block, across, first }
         })
         .collect();
     parallel(tasks, |task| {
@@ -166,7 +212,7 @@ impl Part<'_> {
         let (n, out) = ((self.n - row).min(ROWS), (weights.rows - start).min(self.block));
         let block = |weights: Weights<'_>, y: *mut f32, stride: usize| {
             // SAFETY: the shapes have been checked by `run`; `y` has room for n rows of `out`, `stride` apart, and nobody else writes there.
-            let block = Block { weights, start, out, x: self.x.as_ptr(), rows: self.rows, row, n, y, stride };
+            let block = Block { weights, start, out, x: self.x, rows: self.rows, row, n, y, stride };
             kernels.run(block);
         };
         // SAFETY: within the job's y [N, out], and no other task's part of it.
@@ -239,7 +285,8 @@ pub(super) struct Block<'a> {
     pub weights: Weights<'a>,
     pub start: usize,
     pub out: usize,
-    pub x: *const f32,
+    /// of the type that the weights are multiplied with
+    pub x: *const (),
     pub rows: Rows<'a>,
     pub row: usize,
     pub n: usize,
@@ -256,7 +303,7 @@ impl Kernel for Block<'_> {
         unsafe {
             match self.weights.element {
                 Element::F32 => block::<S, F32>(&self),
-                Element::Bf16 => block::<S, Bf16>(&self),
+                Element::Bf16 => block::<S, S::Bf16>(&self),
                 Element::F16 => block::<S, F16>(&self),
             }
         }
@@ -264,7 +311,7 @@ impl Kernel for Block<'_> {
 }
 
 #[inline(always)]
-unsafe fn block<S: Simd, E: Stored>(b: &Block<'_>) {
+unsafe fn block<S: Simd, M: Multiply<S>>(b: &Block<'_>) {
     let tiles = b.n.div_ceil(S::ROWS).max(1);
     let rows = b.n.div_ceil(tiles);
     let groups = b.out.div_ceil(TILE);
@@ -275,7 +322,7 @@ unsafe fn block<S: Simd, E: Stored>(b: &Block<'_>) {
             for group in 0..groups {
                 let mut at = 0;
                 while at < b.weights.inner {
-                    tiles_of::<S, E>(b, group..group + 1, at, 0, rows);
+                    tiles_of::<S, M>(b, group..group + 1, at, 0, rows);
                     at += CHUNK;
                 }
             }
@@ -284,7 +331,7 @@ unsafe fn block<S: Simd, E: Stored>(b: &Block<'_>) {
             while at < b.weights.inner {
                 let mut row = 0;
                 while row < b.n {
-                    tiles_of::<S, E>(b, 0..groups, at, row, (b.n - row).min(rows));
+                    tiles_of::<S, M>(b, 0..groups, at, row, (b.n - row).min(rows));
                     row += rows;
                 }
                 at += CHUNK;
@@ -294,16 +341,16 @@ unsafe fn block<S: Simd, E: Stored>(b: &Block<'_>) {
 }
 
 #[inline(always)]
-unsafe fn tiles_of<S: Simd, E: Stored>(b: &Block<'_>, groups: std::ops::Range<usize>, at: usize, row: usize, rows: usize) {
+unsafe fn tiles_of<S: Simd, M: Multiply<S>>(b: &Block<'_>, groups: std::ops::Range<usize>, at: usize, row: usize, rows: usize) {
     // SAFETY: the caller's.
     unsafe {
         match rows {
-            6 => tiles::<S, E, 6>(b, groups, at, row),
-            5 => tiles::<S, E, 5>(b, groups, at, row),
-            4 => tiles::<S, E, 4>(b, groups, at, row),
-            3 => tiles::<S, E, 3>(b, groups, at, row),
-            2 => tiles::<S, E, 2>(b, groups, at, row),
-            _ => tiles::<S, E, 1>(b, groups, at, row),
+            6 => tiles::<S, M, 6>(b, groups, at, row),
+            5 => tiles::<S, M, 5>(b, groups, at, row),
+            4 => tiles::<S, M, 4>(b, groups, at, row),
+            3 => tiles::<S, M, 3>(b, groups, at, row),
+            2 => tiles::<S, M, 2>(b, groups, at, row),
+            _ => tiles::<S, M, 1>(b, groups, at, row),
         }
     }
 }
@@ -312,16 +359,16 @@ unsafe fn tiles_of<S: Simd, E: Stored>(b: &Block<'_>, groups: std::ops::Range<us
 ///
 /// The rows of a group lie a quarter of the block apart: each of the four then is a long stream through memory, which CPUs foresee.
 #[inline(always)]
-unsafe fn tiles<S: Simd, E: Stored, const N: usize>(b: &Block<'_>, groups: std::ops::Range<usize>, at: usize, row: usize) {
+unsafe fn tiles<S: Simd, M: Multiply<S>, const N: usize>(b: &Block<'_>, groups: std::ops::Range<usize>, at: usize, row: usize) {
     let inner = b.weights.inner;
     let len = (inner - at).min(CHUNK);
-    let x: [*const f32; N] = std::array::from_fn(|i| {
+    let x: [*const M::X; N] = std::array::from_fn(|i| {
         let row = match b.rows {
             Rows::All => b.row + row + i,
             Rows::Listed(rows) => rows[b.row + row + i] as usize,
         };
         // SAFETY: the row is in x.
-        unsafe { b.x.add(row * inner + at) }
+        unsafe { b.x.cast::<M::X>().add(row * inner + at) }
     });
     let row_bytes = b.weights.row_bytes();
     let stride = b.out.div_ceil(TILE);
@@ -331,10 +378,10 @@ unsafe fn tiles<S: Simd, E: Stored, const N: usize>(b: &Block<'_>, groups: std::
         let w: [*const u8; TILE] = std::array::from_fn(|i| {
             let weights = &b.weights.data[(b.start + place[i]) * row_bytes..];
             // SAFETY: `at` is within the row.
-            unsafe { weights.as_ptr().add(at * E::SIZE) }
+            unsafe { weights.as_ptr().add(at * M::SIZE) }
         });
         // SAFETY: `len` elements are left in each row.
-        let sums = unsafe { tile::<S, E, N>(w, x, len) };
+        let sums = unsafe { tile::<S, M, N>(w, x, len) };
         let valid = (b.out - group).div_ceil(stride);
         for (i, sums) in sums.iter().enumerate() {
             for (place, sum) in place.iter().zip(sums).take(valid) {
@@ -348,29 +395,29 @@ unsafe fn tiles<S: Simd, E: Stored, const N: usize>(b: &Block<'_>, groups: std::
 
 /// The sums of products of `len` elements of each row of x with each of four rows of weights.
 #[inline(always)]
-unsafe fn tile<S: Simd, E: Stored, const N: usize>(w: [*const u8; TILE], x: [*const f32; N], len: usize) -> [[f32; TILE]; N] {
+unsafe fn tile<S: Simd, M: Multiply<S>, const N: usize>(w: [*const u8; TILE], x: [*const M::X; N], len: usize) -> [[f32; TILE]; N] {
     // SAFETY: the caller's.
     unsafe {
         let mut lanes = [[S::splat(0.0); TILE]; N];
-        let whole = len - len % S::LANES;
+        let whole = len - len % M::LANES;
         let mut at = 0;
         while at < whole {
-            let weights: [S::Vector; TILE] = [
-                E::load::<S>(w[0].add(at * E::SIZE)),
-                E::load::<S>(w[1].add(at * E::SIZE)),
-                E::load::<S>(w[2].add(at * E::SIZE)),
-                E::load::<S>(w[3].add(at * E::SIZE)),
+            let weights: [M::Vector; TILE] = [
+                M::load(w[0].add(at * M::SIZE)),
+                M::load(w[1].add(at * M::SIZE)),
+                M::load(w[2].add(at * M::SIZE)),
+                M::load(w[3].add(at * M::SIZE)),
             ];
             for w in w {
-                S::prefetch(w.wrapping_add(at * E::SIZE + AHEAD));
+                S::prefetch(w.wrapping_add(at * M::SIZE + AHEAD));
             }
             for (x, lanes) in x.iter().zip(&mut lanes) {
-                let x = S::load(x.add(at));
+                let x = M::load_x(x.add(at));
                 for (weight, lanes) in weights.iter().zip(lanes) {
-                    *lanes = S::mul_add(*weight, x, *lanes);
+                    *lanes = M::mul_add(*weight, x, *lanes);
                 }
             }
-            at += S::LANES;
+            at += M::LANES;
         }
         let mut sums = [[0.0; TILE]; N];
         for (sums, lanes) in sums.iter_mut().zip(lanes) {
@@ -379,7 +426,7 @@ unsafe fn tile<S: Simd, E: Stored, const N: usize>(w: [*const u8; TILE], x: [*co
         for at in whole..len {
             for (x, sums) in x.iter().zip(&mut sums) {
                 for (w, sum) in w.iter().zip(sums) {
-                    *sum += E::one(w.add(at * E::SIZE)) * *x.add(at);
+                    *sum += M::one(w.add(at * M::SIZE)) * (*x.add(at)).into();
                 }
             }
         }
