@@ -7,7 +7,7 @@ usage: bench_serve.py --upcycle BIN --model DIR --llama-server BIN --gguf FILE [
 Prompts are random token ids, different for every client and round, so that no cache helps. In each round each server is started, answers one short
 request (start to first token), then all clients at once, and is stopped. Printed are medians of the rounds and of their ratios, ours / theirs:
 tokens per second of all clients together while all of them write; time to first token, of the clients' middle one; start to first token; peak of
-resident memory. DIR and FILE are the same model, with a vocabulary (`bench_llama.py` makes such). Standard library only.
+resident memory. Neither guesses ahead: random weights repeat themselves. DIR and FILE are the same model, with a vocabulary (`bench_llama.py` makes such). Standard library only.
 """
 import argparse, http.client, json, random, shlex, signal, socket, statistics, subprocess, sys, threading, time
 
@@ -83,7 +83,8 @@ def main():
     context = a.prompt + a.tokens + 64
     servers = {}
     if a.upcycle:
-        servers["ours"] = lambda port: [a.upcycle, "serve", a.model, "--port", port, "-j", a.threads, "--parallel", a.clients, *shlex.split(a.ours)]
+        servers["ours"] = lambda port: [a.upcycle, "serve", a.model, "--port", port, "-j", a.threads, "--parallel", a.clients, "--lookup", 0,
+                                        *shlex.split(a.ours)]
     if a.llama_server:
         servers["theirs"] = lambda port: [a.llama_server, "-m", a.gguf, "--port", port, "-t", a.threads, "-np", a.clients, "-c", context * a.clients,
                                           *shlex.split(a.theirs)]

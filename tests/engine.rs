@@ -90,14 +90,14 @@ fn same_in_a_crowd(engine: impl Fn(Options) -> Engine) {
     // Nothing is left of one request when the next comes.
     let expected: Vec<_> = (0..prompts.len())
         .map(|i| {
-            let alone = engine(Options { parallel: 1, ..Options::default() });
+            let alone = engine(Options { parallel: 1, lookup: 0, ..Options::default() });
             let (text, finish) = generate(&alone, requests(&alone).swap_remove(i));
             assert_eq!(finish.cached_tokens, 0);
             said(text, &finish)
         })
         .collect();
     assert!(expected.iter().all(|(text, ..)| !text.is_empty()));
-    let options = |parallel, chunk| Options { parallel, chunk, ..Options::default() };
+    let options = |parallel, chunk| Options { parallel, chunk, lookup: 0, ..Options::default() };
     for options in [
         options(6, 256),
         options(6, 3),

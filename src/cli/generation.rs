@@ -45,7 +45,7 @@ pub(crate) struct GenerationArgs {
     cache_size: Option<u64>,
     #[command(flatten)]
     kv: KvArgs,
-    /// Look up at most N next tokens in the text so far and check them together; the answers stay the same
+    /// Look up at most N next tokens in the text so far and check them together; faster where text repeats itself, and the same text; 0 for off
     #[arg(long, value_name = "N", default_value_t = Options::default().lookup)]
     lookup: usize,
 }

@@ -23,28 +23,46 @@ pub(super) fn guess(tokens: &[u32], most: usize) -> &[u32] {
     &tokens[best.1..(best.1 + most).min(tokens.len())]
 }
 
-/// How far guesses are trusted.
+/// Guesses in a row that must have been right before one is checked at a cost.
+const PROVEN: usize = 2;
+/// Tokens guessed first.
+const FIRST: usize = 4;
+
+/// How far guesses are trusted. Whether a guess would have been right is seen without checking it, so text that does not repeat itself pays
+/// nothing.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Trust {
-    now: usize,
+    /// guesses in a row that were right
+    streak: usize,
+    tokens: usize,
     most: usize,
 }
 
 impl Trust {
     /// At most `most` tokens.
     pub(super) fn new(most: usize) -> Self {
-        Self { now: most.min(4), most }
+        Self { streak: 0, tokens: FIRST.min(most), most }
     }
 
-    /// Tokens to guess.
+    /// Whether there are guesses at all.
+    pub(super) fn guesses(self) -> bool {
+        self.most > 0
+    }
+
+    /// Tokens to check.
     pub(super) fn tokens(self) -> usize {
-        self.now
+        if self.streak < PROVEN { 0 } else { self.tokens }
     }
 
-    /// Learns from a guess.
-    pub(super) fn learn(&mut self, guessed: usize, right: usize) {
-        if guessed > 0 {
-            self.now = if right == guessed { (2 * self.now).min(self.most) } else { right.max(1) };
+    /// Learns what became of a guess: how many tokens were checked and right, and whether the first would have been.
+    pub(super) fn learn(&mut self, checked: usize, right: usize, first: bool) {
+        if !first || right < checked {
+            *self = Self::new(self.most);
+            return;
+        }
+        self.streak += 1;
+        if checked > 0 {
+            self.tokens = (2 * self.tokens).min(self.most);
         }
     }
 }
@@ -69,14 +87,14 @@ mod tests {
     }
 
     #[test]
-    fn trust_follows_success() {
+    fn trust_is_earned_and_lost() {
         let mut trust = Trust::new(10);
         let mut seen = vec![trust.tokens()];
-        for (guessed, right) in [(4, 4), (8, 8), (10, 3), (0, 0), (3, 0), (1, 1)] {
-            trust.learn(guessed, right);
+        for (checked, right, first) in [(0, 0, true), (0, 0, false), (0, 0, true), (0, 0, true), (4, 4, true), (8, 8, true), (10, 3, true)] {
+            trust.learn(checked, right, first);
             seen.push(trust.tokens());
         }
-        assert_eq!(seen, [4, 8, 10, 3, 3, 1, 2]);
-        assert_eq!(Trust::new(0).tokens(), 0);
+        assert_eq!(seen, [0, 0, 0, 0, 4, 8, 10, 0]);
+        assert!(trust.guesses() && !Trust::new(0).guesses());
     }
 }

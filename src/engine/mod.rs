@@ -63,7 +63,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { parallel: 8, queue: 256, chunk: 512, context: None, cache: None, lookup: 0 }
+        Self { parallel: 8, queue: 256, chunk: 512, context: None, cache: None, lookup: 8 }
     }
 }
 

@@ -105,6 +105,8 @@ struct Share {
     tokens: Vec<u32>,
     /// how many of them, at the end, are guesses
     guessed: usize,
+    /// what the token after the newest may be, checked or not
+    next: Option<u32>,
 }
 
 /// Runs requests until the inbox is closed and all are finished. The tokens `ends` end a text; while `abort` is set, nothing runs.
@@ -316,14 +318,15 @@ impl<C: Memory> Sequence<C> {
         let &[token] = self.unread() else { return Share::default() };
         let left = (self.job.prompt.len() + self.job.max_tokens).saturating_sub(self.tokens.len() + 1);
         let most = if self.cache.rewinds() { self.trust.tokens().min(left) } else { 0 };
-        let guess = guess(&self.tokens, most);
-        Share { tokens: [&[token], guess].concat(), guessed: guess.len() }
+        let guess = if self.trust.guesses() { guess(&self.tokens, most.max(1)) } else { &[] };
+        let checked = &guess[..guess.len().min(most)];
+        Share { tokens: [&[token], checked].concat(), guessed: checked.len(), next: guess.first().copied() }
     }
 
     /// Chooses the tokens that rows of logits lead to, as long as the share's guesses are right; breaks when the text is complete.
     fn take(&mut self, share: &Share, rows: Vec<Vec<f32>>, ends: &BTreeSet<u32>, model: &impl LanguageModel<Cache = C>) -> ControlFlow<()> {
         let mut guesses = share.tokens[share.tokens.len() - share.guessed..].iter();
-        let (mut flow, mut right) = (ControlFlow::Continue(()), 0);
+        let (mut flow, mut right, known) = (ControlFlow::Continue(()), 0, self.tokens.len());
         for mut logits in rows {
             let token = self.job.sampler.sample(&mut logits);
             self.tokens.push(token);
@@ -334,7 +337,9 @@ impl<C: Memory> Sequence<C> {
             }
             right += 1;
         }
-        self.trust.learn(share.guessed, right);
+        if let Some(&first) = self.tokens.get(known) {
+            self.trust.learn(share.guessed, right, share.next == Some(first));
+        }
         if share.guessed > 0 {
             self.cache.truncate(self.tokens.len() - 1);
         }
