@@ -13,12 +13,15 @@
 #![allow(clippy::inline_always, reason = "what is not inlined is not compiled for the instructions of its caller")]
 
 pub(crate) mod attention;
+mod blocks;
 pub mod peak;
 pub(crate) mod product;
 mod simd;
 mod team;
 #[cfg(target_arch = "x86_64")]
 mod x86;
+#[cfg(target_arch = "x86_64")]
+mod x86_blocks;
 
 use self::simd::{Kernel, Plain};
 pub(crate) use self::team::{parallel, parallel_pieces};

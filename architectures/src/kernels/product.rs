@@ -10,10 +10,12 @@
 use half::bf16;
 
 use super::{
-    Kernels, parallel,
+    Kernels,
+    blocks::{self, Eight},
+    parallel,
     simd::{F16, F32, Kernel, Multiply, Simd, exp},
 };
-use crate::config::Activation;
+use crate::{config::Activation, weights::Dtype};
 
 /// Inner elements that are summed in lanes before the lanes are added up: a tile's rows of x fit the first-level cache. Part of the order of
 /// every sum, so the same for any number of rows.
@@ -33,13 +35,17 @@ pub(crate) enum Element {
     F32,
     Bf16,
     F16,
+    /// of ggml's: one of [`Dtype`]'s types of blocks
+    Blocks(Dtype),
 }
 
 impl Element {
-    pub const fn size(self) -> usize {
+    /// Bytes of so many elements of a row.
+    pub const fn bytes(self, elements: usize) -> usize {
         match self {
-            Self::F32 => 4,
-            Self::Bf16 | Self::F16 => 2,
+            Self::F32 => 4 * elements,
+            Self::Bf16 | Self::F16 => 2 * elements,
+            Self::Blocks(dtype) => dtype.bytes(elements),
         }
     }
 }
@@ -56,18 +62,23 @@ pub(crate) struct Weights<'a> {
 }
 
 impl<'a> Weights<'a> {
-    /// `None` if `data` is not `rows` times `inner` elements, or there are none.
+    /// `None` if `data` is not `rows` times `inner` elements, there are none, or a row is no whole number of blocks.
     pub fn new(data: &'a [u8], element: Element, rows: usize, inner: usize) -> Option<Self> {
-        let bytes = rows.checked_mul(inner)?.checked_mul(element.size())?;
-        (data.len() == bytes && bytes > 0).then_some(Self { data, element, rows, inner })
+        let whole = if let Element::Blocks(dtype) = element { inner.is_multiple_of(dtype.block().0) } else { true };
+        let bytes = rows.checked_mul(element.bytes(inner))?;
+        (whole && data.len() == bytes && bytes > 0).then_some(Self { data, element, rows, inner })
+    }
+
+    pub fn data(&self) -> &'a [u8] {
+        self.data
     }
 
     pub fn inner(&self) -> usize {
         self.inner
     }
 
-    fn row_bytes(&self) -> usize {
-        self.inner * self.element.size()
+    pub fn row_bytes(&self) -> usize {
+        self.element.bytes(self.inner)
     }
 }
 
@@ -125,25 +136,53 @@ struct Part<'a> {
 // SAFETY: `x` is only read; `y` is a job's exclusive slice, of which tasks write disjoint parts.
 unsafe impl Sync for Part<'_> {}
 
-/// All x of some jobs in bf16. Jobs share their x: q, k and v, the experts of a layer.
+/// The x of some jobs as they are multiplied, where that is not f32. Jobs share their x: q, k and v, the experts of a layer.
 #[derive(Default)]
-struct Rounded(Vec<(*const f32, Vec<bf16>)>);
+struct Prepared(Vec<(*const f32, usize, Form)>);
 
-impl Rounded {
+/// Rows of x in another form.
+enum Form {
+    Bf16(Vec<bf16>),
+    Eight(Box<Eight>),
+}
+
+impl Prepared {
     fn of(kernels: Kernels, jobs: &[Job<'_>]) -> Self {
-        let mut rounded = Self::default();
-        if kernels == Kernels::Avx512Bf16 {
-            for job in jobs.iter().filter(|job| job.operation.weights().element == Element::Bf16) {
-                if rounded.get(job.x).is_none() {
-                    rounded.0.push((job.x.as_ptr(), kernels.run(Round(job.x))));
-                }
-            }
+        let mut prepared = Self::default();
+        for job in jobs {
+            let weights = job.operation.weights();
+            let form = match weights.element {
+                _ if prepared.get(job).is_some() => continue,
+                Element::Bf16 if kernels == Kernels::Avx512Bf16 => Form::Bf16(kernels.run(Round(job.x))),
+                Element::Blocks(_) => Form::Eight(Box::new(kernels.run(Quantise(job.x, weights.inner)))),
+                Element::F32 | Element::F16 | Element::Bf16 => continue,
+            };
+            prepared.0.push((job.x.as_ptr(), job.x.len(), form));
         }
-        rounded
+        prepared
     }
 
-    fn get(&self, x: &[f32]) -> Option<&[bf16]> {
-        self.0.iter().find(|(start, rounded)| *start == x.as_ptr() && rounded.len() == x.len()).map(|(_, rounded)| &rounded[..])
+    /// The job's x in the form that its weights call for, if there is one.
+    fn get(&self, job: &Job<'_>) -> Option<*const ()> {
+        let same = self.0.iter().filter(|(start, len, _)| *start == job.x.as_ptr() && *len == job.x.len());
+        let mut pointers = same.filter_map(|(_, _, form)| match (form, job.operation.weights().element) {
+            (Form::Bf16(rows), Element::Bf16) => Some(rows.as_ptr().cast()),
+            (Form::Eight(rows), Element::Blocks(_)) => Some((&raw const **rows).cast()),
+            _ => None,
+        });
+        pointers.next()
+    }
+}
+
+/// Rows of so many elements in eight bits.
+struct Quantise<'a>(&'a [f32], usize);
+
+impl Kernel for Quantise<'_> {
+    type Output = Eight;
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) -> Eight {
+        Eight::of(self.0, self.1)
     }
 }
 
@@ -169,7 +208,7 @@ impl Kernel for Round<'_> {
 /// If a job's slices are not of the shapes that its operation asks for, or a listed row is not in x.
 pub(crate) fn run(kernels: Kernels, jobs: Vec<Job<'_>>) {
     let mut tasks = 0;
-    let rounded = Rounded::of(kernels, &jobs);
+    let prepared = Prepared::of(kernels, &jobs);
     let parts: Vec<Part<'_>> = jobs
         .into_iter()
         .map(|job| {
@@ -186,14 +225,12 @@ pub(crate) fn run(kernels: Kernels, jobs: Vec<Job<'_>>) {
             if let Operation::Gated([(gate, _), (up, _)], _) = job.operation {
                 assert_eq!((gate.rows, gate.inner), (up.rows, up.inner), "gate and up of different shapes");
             }
-            let block = (TASK / weights.row_bytes()).max(TILE).next_multiple_of(TILE);
+            let multiple = if let Element::Blocks(_) = weights.element { 2 * blocks::LANES } else { TILE };
+            let block = (TASK / weights.row_bytes()).max(1).next_multiple_of(multiple);
             let across = n.div_ceil(ROWS);
             let first = tasks;
             tasks += weights.rows.div_ceil(block) * across;
-            let x = match rounded.get(job.x) {
-                Some(rounded) if weights.element == Element::Bf16 => rounded.as_ptr().cast(),
-                _ => job.x.as_ptr().cast(),
-            };
+            let x = prepared.get(&job).unwrap_or(job.x.as_ptr().cast());
             Part { operation: job.operation, x, rows: job.rows, y: job.y.as_mut_ptr(), n, block, across, first }
         })
         .collect();
@@ -213,7 +250,11 @@ impl Part<'_> {
         let block = |weights: Weights<'_>, y: *mut f32, stride: usize| {
             // SAFETY: the shapes have been checked by `run`; `y` has room for n rows of `out`, `stride` apart, and nobody else writes there.
             let block = Block { weights, start, out, x: self.x, rows: self.rows, row, n, y, stride };
-            kernels.run(block);
+            match weights.element {
+                // SAFETY: as above.
+                Element::Blocks(dtype) => unsafe { blocks::multiply(kernels, &block, dtype) },
+                _ => kernels.run(block),
+            }
         };
         // SAFETY: within the job's y [N, out], and no other task's part of it.
         let y = unsafe { self.y.add(row * weights.rows + start) };
@@ -305,6 +346,8 @@ impl Kernel for Block<'_> {
                 Element::F32 => block::<S, F32>(&self),
                 Element::Bf16 => block::<S, S::Bf16>(&self),
                 Element::F16 => block::<S, F16>(&self),
+                // Not multiplied in floats: see `blocks`.
+                Element::Blocks(_) => {}
             }
         }
     }
@@ -453,6 +496,7 @@ mod tests {
                 Element::F32 => bytes.extend(value.to_le_bytes()),
                 Element::Bf16 => bytes.extend(bf16::from_f32(*value).to_le_bytes()),
                 Element::F16 => bytes.extend(f16::from_f32(*value).to_le_bytes()),
+                Element::Blocks(_) => unreachable!("tested in `blocks`"),
             }
         }
         bytes
