@@ -90,7 +90,8 @@ mod tests {
     fn trust_is_earned_and_lost() {
         let mut trust = Trust::new(10);
         let mut seen = vec![trust.tokens()];
-        for (checked, right, first) in [(0, 0, true), (0, 0, false), (0, 0, true), (0, 0, true), (4, 4, true), (8, 8, true), (10, 3, true)] {
+        for (checked, right, first) in [(0, 0, true), (0, 0, false), (0, 0, true), (0, 0, true), (4, 4, true), (8, 8, true), (10, 3, true)]
+        {
             trust.learn(checked, right, first);
             seen.push(trust.tokens());
         }
