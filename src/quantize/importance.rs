@@ -59,7 +59,11 @@ impl Importance {
             let sums = floats(&gguf, &format!("{name}.in_sum2")).map_err(invalid)?;
             let counts = floats(&gguf, &format!("{name}.counts")).map_err(invalid)?;
             if counts.is_empty() || !sums.len().is_multiple_of(counts.len()) || sums.iter().any(|sum| !sum.is_finite() || *sum < 0.0) {
-                return Err(invalid(format!("`{name}` has {} sums for {} counts, or some that are no sums of squares", sums.len(), counts.len())));
+                return Err(invalid(format!(
+                    "`{name}` has {} sums for {} counts, or some that are no sums of squares",
+                    sums.len(),
+                    counts.len()
+                )));
             }
             entries.insert(name.to_owned(), Entry::new(sums, counts));
         }
@@ -80,7 +84,8 @@ impl Importance {
         let mut tensors: Vec<(String, Vec<usize>, Vec<f32>)> = Vec::new();
         for (name, entry) in &self.entries {
             let (count, row) = (entry.counts.len(), entry.row());
-            let sums = entry.means.chunks_exact(row).zip(&entry.counts).flat_map(|(means, count)| means.iter().map(move |mean| mean * count));
+            let sums =
+                entry.means.chunks_exact(row).zip(&entry.counts).flat_map(|(means, count)| means.iter().map(move |mean| mean * count));
             tensors.push((format!("{name}.in_sum2"), vec![count, row], sums.collect()));
             tensors.push((format!("{name}.counts"), vec![count, 1], entry.counts.clone()));
         }

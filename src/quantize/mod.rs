@@ -3,6 +3,7 @@
 //! The mixes are those of llama.cpp (`llama_tensor_get_type` in `llama-quant.cpp`), by the names that everyone knows them by. Norms, biases and
 //! gates stay f32. Symbols: L layers, E experts.
 
+mod gather;
 mod importance;
 mod weights;
 
@@ -10,11 +11,12 @@ use std::str::FromStr;
 
 use upcycle_architectures::{AttentionPart, Config, Dtype, LayerRole, Projection, Role};
 
+pub(crate) use self::weights::{CHUNK, rows};
 pub use self::{
+    gather::gather,
     importance::{Importance, ImportanceError},
     weights::Quantised,
 };
-pub(crate) use self::weights::{CHUNK, rows};
 
 /// What most matrices are stored as; in the mixes, the ones that quality depends on most get more bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,19 +64,23 @@ impl Mix {
     }
 }
 
+/// Not the name of a mix.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is none of {names}", names = Mix::ALL.map(|(name, _)| name).join(", "))]
+pub struct UnknownMix(String);
+
 impl FromStr for Mix {
-    type Err = String;
+    type Err = UnknownMix;
 
     /// Takes `q4_k` and `q5_k` for their medium mixes, as llama.cpp does.
-    fn from_str(name: &str) -> Result<Self, String> {
+    fn from_str(name: &str) -> Result<Self, UnknownMix> {
         let lower = name.to_ascii_lowercase();
         let full = match lower.as_str() {
             "q4_k" => "q4_k_m",
             "q5_k" => "q5_k_m",
             other => other,
         };
-        let names = || Self::ALL.map(|(name, _)| name).join(", ");
-        Self::ALL.iter().find(|(name, _)| *name == full).map(|(_, mix)| *mix).ok_or_else(|| format!("none of {}", names()))
+        Self::ALL.iter().find(|(name, _)| *name == full).map(|(_, mix)| *mix).ok_or_else(|| UnknownMix(name.to_owned()))
     }
 }
 
@@ -89,19 +95,22 @@ pub struct Scheme {
 
 impl Scheme {
     /// The type that a tensor is stored in: what the scheme has for it, or what fits its rows of `row` elements.
-    pub fn dtype(&self, config: &Config, role: Role, row: usize) -> Dtype {
+    pub fn dtype(self, config: &Config, role: Role, row: usize) -> Dtype {
         fitting(self.wanted(config, role), row)
     }
 
     /// The scheme's type, whatever the tensor's rows.
-    pub(crate) fn wanted(&self, config: &Config, role: Role) -> Dtype {
+    pub(crate) fn wanted(self, config: &Config, role: Role) -> Dtype {
         use AttentionPart::{K, O, Q, V};
         let (base, layers) = (self.mix.base(), config.layers);
         let eight = config.moe.as_ref().is_some_and(|moe| moe.experts == 8);
         let matrix = !matches!(
             role,
             Role::FinalNorm
-                | Role::Layer(_, LayerRole::InputNorm | LayerRole::PostNorm | LayerRole::Router | LayerRole::SharedGate | LayerRole::MlpBias(_))
+                | Role::Layer(
+                    _,
+                    LayerRole::InputNorm | LayerRole::PostNorm | LayerRole::Router | LayerRole::SharedGate | LayerRole::MlpBias(_)
+                )
         );
         match role {
             _ if !matrix => Dtype::F32,
@@ -122,13 +131,14 @@ impl Scheme {
                 Mix::Q4KS if l < 4 => Dtype::Q5K,
                 _ => base,
             },
-            Role::Layer(l, LayerRole::Mlp(Projection::Down) | LayerRole::Expert(_, Projection::Down) | LayerRole::SharedExpert(Projection::Down)) => {
-                match self.mix {
-                    Mix::Q4KM | Mix::Q5KM if needs_bits(l, layers) => Dtype::Q6K,
-                    Mix::Q4KS if l < layers / 8 => Dtype::Q5K,
-                    _ => base,
-                }
-            }
+            Role::Layer(
+                l,
+                LayerRole::Mlp(Projection::Down) | LayerRole::Expert(_, Projection::Down) | LayerRole::SharedExpert(Projection::Down),
+            ) => match self.mix {
+                Mix::Q4KM | Mix::Q5KM if needs_bits(l, layers) => Dtype::Q6K,
+                Mix::Q4KS if l < layers / 8 => Dtype::Q5K,
+                _ => base,
+            },
             _ => base,
         }
     }
@@ -173,7 +183,7 @@ mod tests {
             assert_eq!(name.to_ascii_uppercase().parse(), Ok(mix));
         }
         assert_eq!("q4_k".parse(), Ok(Mix::Q4KM));
-        assert!("q3_k".parse::<Mix>().unwrap_err().contains("q4_k_m"));
+        assert!("q3_k".parse::<Mix>().unwrap_err().to_string().contains("q4_k_m"));
     }
 
     #[test]

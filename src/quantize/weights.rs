@@ -18,7 +18,7 @@ pub struct Quantised {
 
 impl Quantised {
     /// `weights` are those of a model of this family and config, in either layout.
-    pub fn new(weights: Arc<dyn Weights>, family: &Family, config: &Config, scheme: &Scheme) -> Self {
+    pub fn new(weights: Arc<dyn Weights>, family: &Family, config: &Config, scheme: Scheme) -> Self {
         let mut types = HashMap::new();
         for (role, shape) in family.tensors(config) {
             let is_gate = matches!(role, Role::Layer(_, LayerRole::Router | LayerRole::SharedGate));

@@ -130,10 +130,7 @@ mod tests {
     #[test]
     fn header_bytes() {
         let metadata = vec![("a".to_owned(), Value::U32(7)), ("b".to_owned(), Value::Texts(vec!["xy".into()]))];
-        let tensors = [
-            Info { name: "t", shape: &[3, 32], dtype: Dtype::Q8_0 },
-            Info { name: "u", shape: &[2], dtype: Dtype::F32 },
-        ];
+        let tensors = [Info { name: "t", shape: &[3, 32], dtype: Dtype::Q8_0 }, Info { name: "u", shape: &[2], dtype: Dtype::F32 }];
         let layout = layout(&metadata, &tensors);
         let expected = [
             &b"GGUF\x03\0\0\0\x02\0\0\0\0\0\0\0\x02\0\0\0\0\0\0\0"[..],

@@ -61,8 +61,9 @@ impl Architecture {
                 return Err("some of its layers have a dense MLP, which llama.cpp does not read in this family".into());
             }
         }
-        if config.windows.iter().any(Option::is_some) {
-            warnings.push("llama.cpp knows no sliding window in this architecture: texts longer than the window come out otherwise".to_owned());
+        if config.windows.iter().flatten().any(|window| *window < config.max_positions) {
+            warnings
+                .push("llama.cpp knows no sliding window in this architecture: texts longer than the window come out otherwise".to_owned());
         }
         if config.rope.partial < 1.0 {
             warnings.push("llama.cpp rotates whole heads in this architecture; this model rotates a part of each".to_owned());
@@ -170,7 +171,9 @@ pub(super) fn make(model: &Model<'_>, architecture: &Architecture) -> Result<(Me
             set("rope.scaling.type", Value::Text("linear".into()));
             set("rope.scaling.factor", Value::F32(*factor as f32));
         }
-        RopeScaling::Yarn { truncate: false, .. } => return Err("its YaRN does not truncate the correction range, as llama.cpp does".into()),
+        RopeScaling::Yarn { truncate: false, .. } => {
+            return Err("its YaRN does not truncate the correction range, as llama.cpp does".into());
+        }
         RopeScaling::Yarn { factor, original, beta_fast, beta_slow, attention_factor, .. } => {
             set("rope.scaling.type", Value::Text("yarn".into()));
             set("rope.scaling.factor", Value::F32(*factor as f32));
@@ -181,7 +184,9 @@ pub(super) fn make(model: &Model<'_>, architecture: &Architecture) -> Result<(Me
             let usual = if *factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 };
             set("rope.scaling.attn_factor", Value::F32((attention_factor / usual) as f32));
         }
-        RopeScaling::Llama3 { .. } if name != "llama" => return Err("llama.cpp reads Llama 3's rope in the llama architecture alone".into()),
+        RopeScaling::Llama3 { .. } if name != "llama" => {
+            return Err("llama.cpp reads Llama 3's rope in the llama architecture alone".into());
+        }
         RopeScaling::Llama3 { factor, low, high, original } => {
             // For us alone: llama.cpp asks for the divisors.
             set("rope.scaling.low_freq_factor", Value::F32(*low as f32));
@@ -189,7 +194,9 @@ pub(super) fn make(model: &Model<'_>, architecture: &Architecture) -> Result<(Me
             set("rope.scaling.original_context_length", size(*original));
             divisors = Some(llama3_divisors(config, *factor, (*low, *high), *original));
         }
-        RopeScaling::Dynamic { .. } => return Err("its rope is stretched with the text's length (`dynamic`), which llama.cpp does not do".into()),
+        RopeScaling::Dynamic { .. } => {
+            return Err("its rope is stretched with the text's length (`dynamic`), which llama.cpp does not do".into());
+        }
         RopeScaling::LongRope { .. } => return Err("LongRoPE is not written to GGUF".into()),
     }
     Ok((out, divisors))

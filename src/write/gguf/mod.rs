@@ -73,6 +73,8 @@ pub struct Written {
     pub elements: u64,
     /// how many tensors are of each type
     pub types: BTreeMap<Dtype, usize>,
+    /// matrices that importance could have helped, and of which it is not known
+    pub unknown: usize,
 }
 
 /// A tensor of the file.
@@ -93,7 +95,7 @@ struct Planned {
 pub fn write(
     model: &Model<'_>,
     out: &Path,
-    scheme: &Scheme,
+    scheme: Scheme,
     importance: Option<&Importance>,
     progress: &dyn Progress,
 ) -> Result<Written, GgufError> {
@@ -136,7 +138,16 @@ pub fn write(
     let mut types = BTreeMap::new();
     tensors.iter().for_each(|tensor| *types.entry(tensor.dtype).or_default() += 1);
     let elements = tensors.iter().map(|tensor| tensor.shape.iter().product::<usize>() as u64).sum();
-    Ok(Written { bytes: layout.end, elements, types })
+    let known = |tensor: &&Planned| {
+        let row = tensor.part.last().copied().unwrap_or(1);
+        importance.is_some_and(|importance| (0..tensor.parts.len()).any(|part| importance.of(&tensor.name, part, row).is_some()))
+    };
+    let weighed = |tensor: &&Planned| {
+        let plain = matches!(tensor.parts[0], Role::Embedding | Role::Head) || tensor.dtype == Dtype::Q8_0;
+        tensor.dtype.is_blocks() && !plain
+    };
+    let unknown = tensors.iter().filter(weighed).filter(|tensor| !known(tensor)).count();
+    Ok(Written { bytes: layout.end, elements, types, unknown })
 }
 
 /// `llama_ftype`
@@ -156,7 +167,7 @@ const fn file_type(mix: Mix) -> u32 {
 }
 
 /// Every tensor of the file, experts stacked. Says which types did not fit.
-fn plan(model: &Model<'_>, architecture: &Architecture, scheme: &Scheme, progress: &dyn Progress) -> Vec<Planned> {
+fn plan(model: &Model<'_>, architecture: &Architecture, scheme: Scheme, progress: &dyn Progress) -> Vec<Planned> {
     let config = model.config;
     let mut fallbacks: BTreeMap<(usize, Dtype, Dtype), usize> = BTreeMap::new();
     let mut roles = model.family.tensors(config);

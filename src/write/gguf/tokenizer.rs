@@ -183,8 +183,9 @@ fn pre(json: &Json) -> Result<&'static str> {
     }
     let nfc = steps(&json["normalizer"]).iter().any(|step| step["type"] == "NFC");
     let ignore_merges = json["model"]["ignore_merges"] == true;
-    splitting_name(&patterns, nfc, ignore_merges)
-        .ok_or_else(|| format!("its tokenizer splits texts by a pattern for which no name of llama.cpp's is known here: {}", patterns.join("  ")))
+    splitting_name(&patterns, nfc, ignore_merges).ok_or_else(|| {
+        format!("its tokenizer splits texts by a pattern for which no name of llama.cpp's is known here: {}", patterns.join("  "))
+    })
 }
 
 /// Whether a text gets a space in front.
