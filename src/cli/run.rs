@@ -10,7 +10,7 @@ use upcycle::engine::{Engine, Finish, Options, Request};
 
 use super::{
     generation::GenerationArgs,
-    model::{self, DeviceArgs, Loaded},
+    model::{self, DeviceArgs, Loaded, QuantizeArgs},
     recipe,
 };
 
@@ -38,6 +38,8 @@ pub(crate) struct Args {
     #[command(flatten)]
     options: recipe::Options,
     #[command(flatten)]
+    quantize: QuantizeArgs,
+    #[command(flatten)]
     device: DeviceArgs,
 }
 
@@ -48,7 +50,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         prompt.clear();
         io::stdin().read_to_string(&mut prompt)?;
     }
-    let loaded = model::open(&args.model, &args.options, &args.device)?;
+    let loaded = args.quantize.apply(model::open(&args.model, &args.options, &args.device)?);
     let engine = args.generation.engine(&loaded, &args.device, Options::default())?;
     let text = engine.text();
     // A model without a template was made to go on from plain text.

@@ -1,7 +1,7 @@
 //! Opened checkpoints: headers and configs are read and checked, tensor bytes stay where they are until somebody reads them.
 
 mod error;
-mod gguf;
+pub(crate) mod gguf;
 mod hub;
 mod lora;
 mod map;

@@ -1,9 +1,10 @@
-//! A composite onto disk, as a Hugging Face directory.
+//! A composite onto disk, as a Hugging Face directory; [`gguf`]: any model as one file.
 //!
 //! Shards are laid out before a byte is written, filled in parallel at disjoint ranges of a `.partial` file, synced and renamed;
 //! `config.json` comes last, so that a directory that was not finished is not a model. A second run goes on from the finished shards.
 
 mod card;
+pub mod gguf;
 mod shard;
 
 use std::{

@@ -135,13 +135,13 @@ fn finite(bytes: &[u8], dtype: Dtype) -> bool {
 }
 
 #[cfg(unix)]
-fn write_at(file: &fs_err::File, bytes: &[u8], offset: u64) -> std::io::Result<()> {
+pub(super) fn write_at(file: &fs_err::File, bytes: &[u8], offset: u64) -> std::io::Result<()> {
     use std::os::unix::fs::FileExt as _;
     file.file().write_all_at(bytes, offset)
 }
 
 #[cfg(windows)]
-fn write_at(file: &fs_err::File, mut bytes: &[u8], mut offset: u64) -> std::io::Result<()> {
+pub(super) fn write_at(file: &fs_err::File, mut bytes: &[u8], mut offset: u64) -> std::io::Result<()> {
     use std::os::windows::fs::FileExt as _;
     while !bytes.is_empty() {
         let written = file.file().seek_write(bytes, offset)?;

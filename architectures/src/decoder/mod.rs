@@ -45,7 +45,7 @@ pub use self::{
 pub use crate::kernels::attention::KvType;
 use crate::{
     config::Config,
-    family::{Family, Role},
+    family::{Family, LayerRole, Projection, Role},
     kernels::Kernels,
     weights::{Weights, WeightsError},
 };
@@ -393,6 +393,17 @@ impl Decoder {
             Some(LayerMlp::Sparse(sparse)) => sparse.experts.get(expert).map(|expert| expert.forward(x)).transpose(),
             _ => Ok(None),
         }
+    }
+
+    /// What the down projection `role` of a layer is multiplied with, [N, F], when its MLP sees x [N, D]. `None` if there is no such projection.
+    pub fn hidden(&self, layer: usize, role: LayerRole, x: &Tensor) -> Result<Option<Tensor>> {
+        let mlp = match (self.layers.get(layer).map(|layer| &layer.mlp), role) {
+            (Some(LayerMlp::Dense(mlp)), LayerRole::Mlp(Projection::Down)) => Some(mlp),
+            (Some(LayerMlp::Sparse(sparse)), LayerRole::Expert(e, Projection::Down)) => sparse.experts.get(e),
+            (Some(LayerMlp::Sparse(sparse)), LayerRole::SharedExpert(Projection::Down)) => sparse.shared.as_ref().map(|(mlp, _)| mlp),
+            _ => None,
+        };
+        mlp.map(|mlp| mlp.hidden(x)).transpose()
     }
 
     /// Runs the new tokens of all sequences. Returns the wanted logits as f32 [rows, V], in the order of `steps`.
