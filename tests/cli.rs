@@ -232,6 +232,7 @@ fn help_names_every_command() {
       tune         Train the gates of a composite, or its attention too, on text of each expert's kind
       stats        Gather or merge statistics of what a composite's routers see
       gates        Set a composite's gates anew, from such statistics
+      quantize     Write a model as one GGUF file, smaller
       bench        How fast a model reads and writes here
       doctor       Devices, features, disk and memory
       completions  Shell completions
