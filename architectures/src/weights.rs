@@ -58,6 +58,14 @@ impl Dtype {
         self.block().0 > 1
     }
 
+    /// Elements of a block that share a scale.
+    pub const fn sub_block(self) -> usize {
+        match self {
+            Self::Q6K => 16,
+            _ => 32,
+        }
+    }
+
     /// Bytes of so many elements, which are whole blocks.
     pub const fn bytes(self, elements: usize) -> usize {
         let (block, bytes) = self.block();

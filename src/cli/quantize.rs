@@ -11,7 +11,7 @@ use upcycle::{
 };
 
 use super::{
-    model::{self, DeviceArgs, Loaded},
+    model::{self, DeviceArgs, Loaded, Precision},
     recipe,
     texts::TextArgs,
     ui,
@@ -88,7 +88,7 @@ fn gather(loaded: &Loaded, args: &Args) -> anyhow::Result<Importance> {
     let texts = args.texts.read()?;
     let windows: Vec<_> =
         args.texts.cut(&texts, &Tokenizer::open(&loaded.sidecars, &loaded.config)?)?.into_iter().flat_map(|t| t.windows).collect();
-    let decoder = model::load_decoder(loaded, &args.device)?;
+    let decoder = model::load_decoder(loaded, &args.device, Precision::Fast)?;
     let bar = ui::steps();
     bar.set_length(windows.len() as u64);
     bar.set_message("weighing columns");

@@ -16,107 +16,115 @@ pub fn encode(dtype: Dtype, values: &[f32], row: usize, importance: Option<&[f32
 
 /// Decodes whole blocks of `dtype`, as many as `out` holds. For types without blocks it does nothing.
 pub(crate) fn decode(dtype: Dtype, data: &[u8], out: &mut [f32]) {
-    match dtype {
-        Dtype::Q4_0 => each(data, out, q4_0),
-        Dtype::Q5_0 => each(data, out, q5_0),
-        Dtype::Q8_0 => each(data, out, q8_0),
-        Dtype::Q4K => each(data, out, q4_k),
-        Dtype::Q5K => each(data, out, q5_k),
-        Dtype::Q6K => each(data, out, q6_k),
-        Dtype::F8E4M3 | Dtype::Bf16 | Dtype::F16 | Dtype::F32 | Dtype::F64 => {}
+    let (elements, bytes) = dtype.block();
+    if dtype.is_blocks() {
+        let mut parts = Parts::default();
+        for (block, out) in data.chunks_exact(bytes).zip(out.chunks_exact_mut(elements)) {
+            parts.of(dtype, block);
+            for (i, (out, level)) in out.iter_mut().zip(&parts.levels).enumerate() {
+                let sub = i / dtype.sub_block();
+                *out = parts.scales[sub] * f32::from(*level) - parts.minima[sub];
+            }
+        }
     }
 }
 
-fn each<const BYTES: usize, const ELEMENTS: usize>(data: &[u8], out: &mut [f32], decode: impl Fn(&[u8; BYTES], &mut [f32; ELEMENTS])) {
-    for (block, out) in data.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<ELEMENTS>().0) {
-        decode(block, out);
+/// A block taken apart: element = scale level - minimum of its [sub-block](Dtype::sub_block).
+pub(crate) struct Parts {
+    pub levels: [u8; 256],
+    pub scales: [f32; 16],
+    pub minima: [f32; 16],
+}
+
+impl Default for Parts {
+    fn default() -> Self {
+        Self { levels: [0; 256], scales: [0.0; 16], minima: [0.0; 16] }
+    }
+}
+
+impl Parts {
+    /// Takes one block of `dtype` apart. For types without blocks it does nothing.
+    #[inline]
+    pub fn of(&mut self, dtype: Dtype, block: &[u8]) {
+        match dtype {
+            Dtype::Q4_0 => self.q4_0(block),
+            Dtype::Q5_0 => self.q5_0(block),
+            Dtype::Q8_0 => self.q8_0(block),
+            Dtype::Q4K => self.k(block, &[0; 32], &block[16..]),
+            Dtype::Q5K => self.k(block, &block[16..48], &block[48..]),
+            Dtype::Q6K => self.q6_k(block),
+            Dtype::F8E4M3 | Dtype::Bf16 | Dtype::F16 | Dtype::F32 | Dtype::F64 => {}
+        }
+    }
+
+    /// The one scale of a type whose level `zero` means 0.
+    fn scale(&mut self, d: f32, zero: f32) {
+        (self.scales[0], self.minima[0]) = (d, d * zero);
+    }
+
+    /// d, then 16 bytes: element i in the low halves, i + 16 in the high ones.
+    fn q4_0(&mut self, block: &[u8]) {
+        self.scale(half(block, 0), 8.0);
+        for (i, q) in block[2..18].iter().enumerate() {
+            (self.levels[i], self.levels[i + 16]) = (q & 15, q >> 4);
+        }
+    }
+
+    /// d, four bytes with the fifth bits of all elements, then 16 bytes as in `Q4_0`.
+    fn q5_0(&mut self, block: &[u8]) {
+        self.scale(half(block, 0), 16.0);
+        let fifth = u32::from_le_bytes([block[2], block[3], block[4], block[5]]);
+        let bit = |i: usize| (fifth >> i & 1) as u8 * 16;
+        for (i, q) in block[6..22].iter().enumerate() {
+            (self.levels[i], self.levels[i + 16]) = (q & 15 | bit(i), q >> 4 | bit(i + 16));
+        }
+    }
+
+    /// d, then 32 signed bytes.
+    fn q8_0(&mut self, block: &[u8]) {
+        self.scale(half(block, 0), 128.0);
+        for (level, q) in self.levels.iter_mut().zip(&block[2..34]) {
+            *level = q ^ 0x80;
+        }
+    }
+
+    /// d, dmin, 12 bytes of scales and minima; 128 bytes: of every 64 elements the first 32 in the low halves, the others in the high ones; and
+    /// of `Q5_K` 32 bytes of fifth bits: bit j of byte i is that of element i of sub-block j.
+    fn k(&mut self, block: &[u8], fifth: &[u8], halves: &[u8]) {
+        let (d, dmin, packed) = (half(block, 0), half(block, 2), &block[4..16]);
+        for j in 0..8 {
+            // Six bits each.
+            let (scale, minimum) = if j < 4 {
+                (packed[j] & 63, packed[j + 4] & 63)
+            } else {
+                (packed[j + 4] & 15 | packed[j - 4] >> 6 << 4, packed[j + 4] >> 4 | packed[j] >> 6 << 4)
+            };
+            (self.scales[j], self.minima[j]) = (d * f32::from(scale), dmin * f32::from(minimum));
+            for ((level, q), fifth) in self.levels[32 * j..][..32].iter_mut().zip(&halves[32 * (j / 2)..][..32]).zip(fifth) {
+                *level = q >> (4 * (j % 2)) & 15 | (fifth >> j & 1) << 4;
+            }
+        }
+    }
+
+    /// 128 bytes of low halves, 64 of upper pairs of bits, 16 signed scales, d. Each half of the block is four runs of 32 elements: runs 0 and 1
+    /// in the low halves of its 64 bytes, 2 and 3 in the high ones, and run r in bits 2r and 2r + 1 of its 32 bytes of pairs.
+    fn q6_k(&mut self, block: &[u8]) {
+        let d = half(block, 208);
+        for (sub, scale) in block[192..208].iter().enumerate() {
+            self.scales[sub] = d * f32::from(*scale as i8);
+            self.minima[sub] = 32.0 * self.scales[sub];
+        }
+        for (run, levels) in self.levels.chunks_exact_mut(32).enumerate() {
+            let (low, pairs) = (&block[64 * (run / 4) + 32 * (run % 2)..][..32], &block[128 + 32 * (run / 4)..][..32]);
+            for ((level, low), pairs) in levels.iter_mut().zip(low).zip(pairs) {
+                *level = low >> (4 * (run % 4 / 2)) & 15 | (pairs >> (2 * (run % 4)) & 3) << 4;
+            }
+        }
     }
 }
 
 fn half(block: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
-}
-
-/// d, then 16 bytes: element i in the low halves, i + 16 in the high ones.
-fn q4_0(block: &[u8; 18], out: &mut [f32; 32]) {
-    let d = half(block, 0);
-    let (low, high) = out.split_at_mut(16);
-    for ((q, low), high) in block[2..].iter().zip(low).zip(high) {
-        *low = d * f32::from((q & 15) as i8 - 8);
-        *high = d * f32::from((q >> 4) as i8 - 8);
-    }
-}
-
-/// d, four bytes with the fifth bits of all elements, then 16 bytes as in `Q4_0`.
-fn q5_0(block: &[u8; 22], out: &mut [f32; 32]) {
-    let (d, fifth) = (half(block, 0), u32::from_le_bytes([block[2], block[3], block[4], block[5]]));
-    let bit = |i: usize| (fifth >> i & 1) as u8 * 16;
-    let (low, high) = out.split_at_mut(16);
-    for (i, ((q, low), high)) in block[6..].iter().zip(low).zip(high).enumerate() {
-        *low = d * f32::from((q & 15 | bit(i)) as i8 - 16);
-        *high = d * f32::from((q >> 4 | bit(i + 16)) as i8 - 16);
-    }
-}
-
-/// d, then 32 signed bytes.
-fn q8_0(block: &[u8; 34], out: &mut [f32; 32]) {
-    let d = half(block, 0);
-    for (q, out) in block[2..].iter().zip(out) {
-        *out = d * f32::from(*q as i8);
-    }
-}
-
-/// Scale and minimum of sub-block `j` of 8, six bits each in twelve bytes.
-fn scale_and_minimum(packed: &[u8], j: usize) -> (f32, f32) {
-    let (scale, minimum) = if j < 4 {
-        (packed[j] & 63, packed[j + 4] & 63)
-    } else {
-        (packed[j + 4] & 15 | packed[j - 4] >> 6 << 4, packed[j + 4] >> 4 | packed[j] >> 6 << 4)
-    };
-    (f32::from(scale), f32::from(minimum))
-}
-
-/// d, dmin, 12 bytes of scales and minima, 128 bytes: of every 64 elements the first 32 in the low halves, the others in the high ones.
-fn q4_k(block: &[u8; 144], out: &mut [f32; 256]) {
-    let (d, dmin, packed) = (half(block, 0), half(block, 2), &block[4..16]);
-    for (j, (qs, out)) in block[16..].chunks_exact(32).zip(out.chunks_exact_mut(64)).enumerate() {
-        let (low, high) = out.split_at_mut(32);
-        let ((s1, m1), (s2, m2)) = (scale_and_minimum(packed, 2 * j), scale_and_minimum(packed, 2 * j + 1));
-        for ((q, low), high) in qs.iter().zip(low).zip(high) {
-            *low = d * s1 * f32::from(q & 15) - dmin * m1;
-            *high = d * s2 * f32::from(q >> 4) - dmin * m2;
-        }
-    }
-}
-
-/// As `Q4_K` with 32 bytes of fifth bits before the halves: bit j of byte i is that of element i of sub-block j.
-fn q5_k(block: &[u8; 176], out: &mut [f32; 256]) {
-    let (d, dmin, packed, fifth) = (half(block, 0), half(block, 2), &block[4..16], &block[16..48]);
-    for (j, (qs, out)) in block[48..].chunks_exact(32).zip(out.chunks_exact_mut(64)).enumerate() {
-        let (low, high) = out.split_at_mut(32);
-        let ((s1, m1), (s2, m2)) = (scale_and_minimum(packed, 2 * j), scale_and_minimum(packed, 2 * j + 1));
-        for (((q, fifth), low), high) in qs.iter().zip(fifth).zip(low).zip(high) {
-            let bits = fifth >> (2 * j);
-            *low = d * s1 * f32::from(q & 15 | (bits & 1) << 4) - dmin * m1;
-            *high = d * s2 * f32::from(q >> 4 | (bits & 2) << 3) - dmin * m2;
-        }
-    }
-}
-
-/// 128 bytes of low halves, 64 of upper pairs of bits, 16 signed scales, d. Each half of the block is four runs of 32 elements: runs 0 and 1 in
-/// the low halves of its 64 bytes, 2 and 3 in the high ones, and run r in bits 2r and 2r + 1 of its 32 bytes of pairs.
-fn q6_k(block: &[u8; 210], out: &mut [f32; 256]) {
-    let (d, scales) = (half(block, 208), &block[192..208]);
-    for (n, out) in out.chunks_exact_mut(128).enumerate() {
-        let (low, pairs, scales) = (&block[64 * n..][..64], &block[128 + 32 * n..][..32], &scales[8 * n..][..8]);
-        for (run, out) in out.chunks_exact_mut(32).enumerate() {
-            let (low, high) = (&low[32 * (run % 2)..][..32], 4 * (run / 2));
-            for (i, out) in out.iter_mut().enumerate() {
-                let q = low[i] >> high & 15 | (pairs[i] >> (2 * run) & 3) << 4;
-                *out = d * f32::from(scales[2 * run + i / 16] as i8) * f32::from(q as i8 - 32);
-            }
-        }
-    }
 }
 
 #[cfg(test)]

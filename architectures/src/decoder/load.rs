@@ -171,7 +171,8 @@ impl Reader<'_> {
     /// A gate [rows, D]: its products are computed in f32.
     fn gate(&mut self, layer: usize, role: LayerRole, rows: usize) -> Result<Matrix, DecoderError> {
         let placement = Placement { weights: DType::F32, ..self.model.placement.clone() };
-        Matrix::new(&self.view(Role::Layer(layer, role), &[rows, self.model.config.hidden])?, &placement)
+        let view = self.view(Role::Layer(layer, role), &[rows, self.model.config.hidden])?;
+        Matrix::new(&view.cast(view.info.dtype.decoded())?, &placement)
     }
 
     pub fn norm(&mut self, role: Role, len: usize) -> Result<Norm, DecoderError> {
