@@ -211,6 +211,27 @@ fn a_bad_command_line_ends_with_exit_code_2() {
 }
 
 #[test]
+fn a_model_becomes_a_gguf_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/base");
+    fs_err::create_dir(dir.path().join("base")).unwrap();
+    for entry in fs_err::read_dir(base).unwrap() {
+        let entry = entry.unwrap();
+        fs_err::copy(entry.path(), dir.path().join("base").join(entry.file_name())).unwrap();
+    }
+    let run = |args: &[&str]| transcript(dir.path(), args);
+    assert_snapshot!(run(&["quantize", "base", "out.gguf", "--type", "q4_k"]), @"");
+    assert_snapshot!(run(&["quantize", "base", "out.gguf"]), @"");
+    assert_snapshot!(run(&["quantize", "out.gguf", "again.gguf", "--type", "q8_0"]), @"");
+    assert_snapshot!(run(&["run", "base", "--quantize", "q3_k", "-p", "Hello"]), @"");
+    let text = |args: &[&str]| run(args).lines().skip(1).map(str::to_owned).collect::<Vec<_>>();
+    let options = ["--temperature", "0", "-n", "12", "--quiet"];
+    let from_file = text(&[&["run", "out.gguf", "Hello"][..], &options].concat());
+    assert_eq!(text(&[&["run", "base", "--quantize", "q4_k_m", "Hello"][..], &options].concat()), from_file);
+    assert!(from_file[0] == "exit 0" && from_file.len() > 2, "{from_file:?}");
+}
+
+#[test]
 fn help_names_every_command() {
     assert_snapshot!(with_recipe("", &["--help"]), @"
     $ upcycle --help
@@ -232,6 +253,7 @@ fn help_names_every_command() {
       tune         Train the gates of a composite, or its attention too, on text of each expert's kind
       stats        Gather or merge statistics of what a composite's routers see
       gates        Set a composite's gates anew, from such statistics
+      quantize     Write a model as one GGUF file, smaller
       bench        How fast a model reads and writes here
       doctor       Devices, features, disk and memory
       completions  Shell completions
