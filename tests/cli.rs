@@ -223,7 +223,7 @@ fn a_model_becomes_a_gguf_file() {
     assert_snapshot!(run(&["quantize", "base", "out.gguf", "--type", "q4_k"]), @"");
     assert_snapshot!(run(&["quantize", "base", "out.gguf"]), @"");
     assert_snapshot!(run(&["quantize", "out.gguf", "again.gguf", "--type", "q8_0"]), @"");
-    assert_snapshot!(run(&["run", "base", "--quantize", "q3_k", "-p", "Hello"]), @"");
+    assert_snapshot!(run(&["run", "base", "--quantize", "q3_k", "Hello"]), @"");
     let text = |args: &[&str]| run(args).lines().skip(1).map(str::to_owned).collect::<Vec<_>>();
     let options = ["--temperature", "0", "-n", "12", "--quiet"];
     let from_file = text(&[&["run", "out.gguf", "Hello"][..], &options].concat());

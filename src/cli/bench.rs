@@ -6,7 +6,7 @@ use upcycle::engine::bench::{self, Load};
 use upcycle_architectures::kernels::{Kernels, peak};
 
 use super::{
-    model::{self, DeviceArgs, Precision, QuantizeArgs},
+    model::{self, DeviceArgs, KvArgs, Precision, QuantizeArgs},
     recipe,
 };
 
@@ -35,6 +35,8 @@ pub(crate) struct Args {
     #[command(flatten)]
     quantize: QuantizeArgs,
     #[command(flatten)]
+    kv: KvArgs,
+    #[command(flatten)]
     device: DeviceArgs,
 }
 
@@ -42,7 +44,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     args.device.set_threads()?;
     let loaded = args.quantize.apply(model::open(&args.model, &args.options, &args.device)?);
     let bytes = bench::bytes(loaded.family, &loaded.config, &*loaded.weights);
-    let decoder = model::load_decoder(&loaded, &args.device, Precision::Fast)?;
+    let decoder = args.kv.decoder(model::load_decoder(&loaded, &args.device, Precision::Fast)?, Precision::Fast)?;
     let kernels = decoder.kernels().unwrap_or_else(Kernels::best);
     let (bandwidth, products) = (peak::read_bandwidth(kernels), peak::products(kernels));
     let mut rows = Vec::new();

@@ -15,7 +15,7 @@ use upcycle::{
 };
 use upcycle_architectures::{
     Config, Family, Weights,
-    decoder::{Decoder, Ensemble},
+    decoder::{Decoder, Ensemble, KvType},
 };
 use upcycle_routers::init::Runtime;
 
@@ -60,6 +60,15 @@ impl DeviceArgs {
     }
 }
 
+/// What counts, where `--dtype` does not say.
+#[derive(Clone, Copy)]
+pub(crate) enum Precision {
+    /// every digit: to measure a model
+    Full,
+    /// speed: to generate text
+    Fast,
+}
+
 /// In which types to hold the weights.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct QuantizeArgs {
@@ -90,13 +99,41 @@ impl QuantizeArgs {
     }
 }
 
-/// What counts, where `--dtype` does not say.
-#[derive(Clone, Copy)]
-pub(crate) enum Precision {
-    /// every digit: to measure a model
-    Full,
-    /// speed: to generate text
-    Fast,
+/// How keys and values are kept.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct KvArgs {
+    /// Type that keys and values are kept in on the CPU; f16 to generate text, f32 to measure a model if not given
+    #[arg(long, value_enum, value_name = "TYPE")]
+    kv_type: Option<KvName>,
+}
+
+/// Names of their types.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum KvName {
+    F32,
+    F16,
+    #[value(name = "q8_0")]
+    Q8_0,
+}
+
+impl KvArgs {
+    fn kv_type(&self, precision: Precision) -> KvType {
+        match (self.kv_type, precision) {
+            (Some(KvName::F32), _) | (None, Precision::Full) => KvType::F32,
+            (Some(KvName::F16), _) | (None, Precision::Fast) => KvType::F16,
+            (Some(KvName::Q8_0), _) => KvType::Q8_0,
+        }
+    }
+
+    /// The decoder, keeping them so.
+    pub(crate) fn decoder(&self, decoder: Decoder, precision: Precision) -> anyhow::Result<Decoder> {
+        Ok(decoder.with_kv_type(self.kv_type(precision))?)
+    }
+
+    /// The ensemble, keeping them so.
+    pub(crate) fn ensemble(&self, ensemble: Ensemble, precision: Precision) -> anyhow::Result<Ensemble> {
+        Ok(ensemble.with_kv_type(self.kv_type(precision))?)
+    }
 }
 
 /// An opened model.

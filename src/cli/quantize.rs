@@ -58,9 +58,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             "the experts of `gate_mode: sequence` are whole models, which one GGUF file cannot hold; quantise each, or set `gate_mode: auto`"
         );
     }
-    if loaded.family.tensors(&loaded.config).iter().any(|(role, _)| {
-        loaded.family.name(*role).and_then(|name| loaded.weights.info(&name)).is_some_and(|info| info.dtype.is_blocks())
-    }) {
+    if loaded
+        .family
+        .tensors(&loaded.config)
+        .iter()
+        .any(|(role, _)| loaded.family.name(*role).and_then(|name| loaded.weights.info(&name)).is_some_and(|info| info.dtype.is_blocks()))
+    {
         ui::warn("the model is quantised already: what changes its type loses twice; quantise the original if there is one");
     }
     let importance = match &args.imatrix {
@@ -93,7 +96,7 @@ fn gather(loaded: &Loaded, args: &Args) -> anyhow::Result<Importance> {
     let texts = args.texts.read()?;
     let windows: Vec<_> =
         args.texts.cut(&texts, &Tokenizer::open(&loaded.sidecars, &loaded.config)?)?.into_iter().flat_map(|t| t.windows).collect();
-    let decoder = model::load_decoder(loaded, &args.device, Precision::Fast)?;
+    let decoder = model::load_decoder(loaded, &args.device, Precision::Full)?;
     let bar = ui::steps();
     bar.set_length(windows.len() as u64);
     bar.set_message("weighing columns");

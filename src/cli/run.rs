@@ -91,11 +91,12 @@ pub(super) fn print(engine: &Engine, loaded: &Loaded, request: Request) -> anyho
 
 fn statistics(finish: &Finish) -> String {
     let speed = |tokens: usize, seconds: f64| if seconds > 0.0 { tokens as f64 / seconds } else { 0.0 };
+    let read = finish.prompt_tokens - finish.cached_tokens;
     let (prefill, decode) = (finish.prefill.as_secs_f64(), finish.decode.as_secs_f64());
     format!(
-        "{} tokens read in {prefill:.2} s ({:.1}/s), {} written in {decode:.2} s ({:.1}/s), ended by {:?}",
-        finish.prompt_tokens,
-        speed(finish.prompt_tokens, prefill),
+        "{} tokens known and {read} read in {prefill:.2} s ({:.1}/s), {} written in {decode:.2} s ({:.1}/s), ended by {:?}",
+        finish.cached_tokens,
+        speed(read, prefill),
         finish.completion_tokens,
         speed(finish.completion_tokens.saturating_sub(1), decode),
         finish.reason,

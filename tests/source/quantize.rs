@@ -120,7 +120,7 @@ fn qwen2_experts_without_a_shared_one_become_a_llama_that_normalises() {
     let shared = |name: &str| name.contains("shared_expert.down_proj");
     models::rewrite_tensors(&fixture.hf(), |name, bytes| {
         if shared(name) {
-            bytes.fill(0)
+            bytes.fill(0);
         }
     });
     let hf = open(fixture.hf()).unwrap();
@@ -224,7 +224,7 @@ fn what_cannot_be_written() {
     let damaged = changed("llama", |_| {});
     models::rewrite_tensors(&damaged.hf(), |name, bytes| {
         if name.contains("1.mlp.up") {
-            bytes[..2].copy_from_slice(&[0xc0, 0x7f])
+            bytes[..2].copy_from_slice(&[0xc0, 0x7f]);
         }
     });
     assert_snapshot!(say(&damaged), @"tensor `blk.1.ffn_up.weight` has NaN or infinite values; the model is damaged: fetch it or compose it again");
