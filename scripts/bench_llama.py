@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
-"""upcycle against llama.cpp on one machine: BF16 prefill of 512 tokens and decoding of one sequence, two threads.
+"""upcycle against llama.cpp on one machine, by type of weights: prefill and decoding of one sequence, and both servers with clients at once.
 
-usage: bench_llama.py WORK --upcycle BIN [--llama-bench BIN] [--models moe-1b,qwen3moe-1b] [--rounds 5] [--threads 2]
+usage: bench_llama.py WORK --upcycle BIN [--llama-bin DIR] [--models moe-1b,qwen3moe-1b] [--types bf16,q8_0,q4_k_m] [--rounds 5] [--threads 2]
+                      [--clients 8] [--no-servers]
 
-Makes the random-weight models in WORK (once), as a directory for us and as GGUF for llama.cpp, from the same bytes; builds llama.cpp there
-from the source package of llama-cpp-python unless a llama-bench is given; then runs both in turn and prints medians and the median of the
-rounds' ratios. Needs torch, safetensors, numpy; for the build pip, cmake, ninja and a C++ compiler.
+Makes the random-weight models in WORK (once): bf16 as a directory for us and as GGUF for llama.cpp, from the same bytes; blocks by llama-quantize, of
+which both read the same file. Builds llama.cpp there from the source package of llama-cpp-python unless a folder of its programs is given. Then
+runs both in turn and prints medians and the median of the rounds' ratios; llama.cpp with blocks of four bits in both of its settings of
+`--repack`, of which each row takes the better. Needs torch, safetensors, numpy; for the build pip, cmake, ninja and a C++ compiler.
 """
 import argparse, glob, json, os, statistics, subprocess, sys
 import numpy as np, torch
 from safetensors.torch import save_file
+import bench_serve
 
 PACKAGE = "llama-cpp-python==0.3.36"
 OPTIONS = ["CMAKE_BUILD_TYPE=Release", "GGML_NATIVE=ON", "LLAMA_CURL=OFF", "LLAMA_OPENSSL=OFF", "LLAMA_BUILD_UI=OFF", "LLAMA_USE_PREBUILT_UI=OFF",
@@ -33,13 +36,13 @@ def source(work):
 
 
 def build(llama, threads):
-    target = f"{llama}/build/bin/llama-bench"
-    if not os.path.exists(target):
+    programs = [f"llama-{name}" for name in ("bench", "quantize", "server")]
+    if not all(os.path.exists(f"{llama}/build/bin/{program}") for program in programs):
         # A .git of the package's own repository misleads its cmake files.
         run("rm", "-rf", f"{llama}/.git")
         run("cmake", "-G", "Ninja", "-S", llama, "-B", f"{llama}/build", *[f"-D{option}" for option in OPTIONS])
-        run("cmake", "--build", f"{llama}/build", "-j", threads, "--target", "llama-bench")
-    return target
+        run("cmake", "--build", f"{llama}/build", "-j", threads, "--target", *programs)
+    return f"{llama}/build/bin"
 
 
 def make(name, work, llama):
@@ -100,31 +103,64 @@ def make(name, work, llama):
     return directory, file
 
 
+def quantised(file, kind, programs, threads):
+    """The GGUF of another type of weights."""
+    target = file.replace("bf16", kind)
+    if not os.path.exists(target):
+        run(f"{programs}/llama-quantize", file, f"{target}.partial", kind.upper(), threads, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        os.rename(f"{target}.partial", target)
+    return target
+
+
+def one_round(a, programs, model, file, repack, number):
+    """Rows of what both do in turn: {row: (ours, [theirs in each setting])}."""
+    said = lambda *command: json.loads(run(*command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout)
+    ours = said(a.upcycle, "bench", model, "-j", a.threads, "-p", a.prompt, "-n", a.tokens, "--parallel", 1, "--repeat", 1, "--json")
+    speed = ours["speed"][0]
+    theirs = []
+    for setting in repack:
+        rows = said(f"{programs}/llama-bench", "-m", file, "-t", a.threads, "-p", a.prompt, "-n", a.tokens, "-r", 1, "-o", "json", "--repack", setting)
+        theirs.append({"decode" if row["n_gen"] else "prefill": row["avg_ts"] for row in rows})
+    rows = {f"{kind}, tokens/s": (speed[kind], [their[kind] for their in theirs]) for kind in ("prefill", "decode")}
+    rows["decode, share of the bandwidth"] = (speed["decode"] * ours["bytes_per_token"] / ours["bandwidth"], None)
+    if not a.no_servers:
+        context, prompts = 256, bench_serve.draw(number, a.clients, 128)
+        commands = [lambda port: [a.upcycle, "serve", model, "--port", port, "-j", a.threads, "--parallel", a.clients, "--lookup", 0]]
+        for setting in repack:
+            option = ["--no-repack"] if setting == 0 else []
+            commands.append(lambda port, option=option: [f"{programs}/llama-server", "-m", file, "--port", port, "-t", a.threads, "-np", a.clients,
+                                                         "-c", context * a.clients, *option])
+        ours, *theirs = (bench_serve.round_of([str(part) for part in command(port)], port, prompts, 64)
+                         for command in commands for port in [bench_serve.free_port()])
+        rows |= {f"{a.clients} clients: {row}": (value, [their[row] for their in theirs]) for row, value in ours.items()}
+    return rows
+
+
 def main():
     a = argparse.ArgumentParser()
-    a.add_argument("work"); a.add_argument("--upcycle", required=True); a.add_argument("--llama-bench")
-    a.add_argument("--models", default=",".join(MODELS)); a.add_argument("--rounds", type=int, default=5); a.add_argument("--threads", type=int, default=2)
-    a.add_argument("--prompt", type=int, default=512); a.add_argument("--tokens", type=int, default=32)
+    a.add_argument("work"); a.add_argument("--upcycle", required=True); a.add_argument("--llama-bin")
+    a.add_argument("--models", default=",".join(MODELS)); a.add_argument("--types", default="bf16,q8_0,q4_k_m")
+    a.add_argument("--rounds", type=int, default=5); a.add_argument("--threads", type=int, default=2); a.add_argument("--clients", type=int, default=8)
+    a.add_argument("--prompt", type=int, default=512); a.add_argument("--tokens", type=int, default=32); a.add_argument("--no-servers", action="store_true")
     a = a.parse_args()
     os.makedirs(a.work, exist_ok=True)
     llama = source(a.work)
-    bench = a.llama_bench or build(llama, a.threads)
-    said = lambda *command: json.loads(run(*command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout)
-    for name in a.models.split(","):
-        directory, file = make(name, a.work, llama)
-        rounds = []
-        for _ in range(a.rounds):
-            ours = said(a.upcycle, "bench", directory, "-j", a.threads, "-p", a.prompt, "-n", a.tokens, "--parallel", 1, "--repeat", 1, "--json")
-            theirs = said(bench, "-m", file, "-t", a.threads, "-p", a.prompt, "-n", a.tokens, "-r", 1, "-o", "json")
-            speed = {"decode" if row["n_gen"] else "prefill": row["avg_ts"] for row in theirs}
-            share = ours["speed"][0]["decode"] * ours["bytes_per_token"] / ours["bandwidth"]
-            rounds.append({kind: (ours["speed"][0][kind], speed[kind]) for kind in ("prefill", "decode")} | {"share": share})
-        for kind in ("prefill", "decode"):
-            ours, theirs = zip(*(r[kind] for r in rounds))
-            ratios = sorted(x / y for x, y in zip(ours, theirs))
-            print(f"{name} {kind}: ours {statistics.median(ours):.1f}, llama.cpp {statistics.median(theirs):.1f} tokens/s, "
-                  f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})", flush=True)
-        print(f"{name} decode: {100 * statistics.median(r['share'] for r in rounds):.0f} % of the bandwidth measured beside it", flush=True)
+    programs = a.llama_bin or build(llama, a.threads)
+    for name, kind in ((name, kind) for name in a.models.split(",") for kind in a.types.split(",")):
+        model, file = make(name, a.work, llama)
+        if kind != "bf16": model = file = quantised(file, kind, programs, a.threads)
+        # Of eight bits and more nothing is repacked.
+        repack = (1, 0) if kind.startswith("q4") else (1,)
+        rounds = [one_round(a, programs, model, file, repack, number) for number in range(a.rounds)]
+        for row in rounds[0]:
+            ours = [r[row][0] for r in rounds]
+            line = f"{name} {kind:7} {row:46} ours {statistics.median(ours):9.2f}"
+            if rounds[0][row][1] is not None:
+                settings = list(zip(*(r[row][1] for r in rounds)))
+                best = (max if "tokens/s" in row else min)(settings, key=statistics.median)
+                ratios = sorted(x / y for x, y in zip(ours, best))
+                line += f"  llama.cpp {statistics.median(best):9.2f}  ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

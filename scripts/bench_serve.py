@@ -18,6 +18,12 @@ def free_port():
         return s.getsockname()[1]
 
 
+def draw(number, clients, length, vocab=32000):
+    """Prompts of a round's clients."""
+    random_ids = random.Random(number)
+    return [[random_ids.randrange(3, vocab) for _ in range(length)] for _ in range(clients)]
+
+
 def times(port, prompt, tokens):
     """When the request was sent and each piece of its text came, in seconds; None if the server does not answer yet."""
     body = json.dumps(dict(prompt=prompt, max_tokens=tokens, stream=True, temperature=0, ignore_eos=True, cache_prompt=False))
@@ -91,8 +97,7 @@ def main():
     if not servers: sys.exit("give --upcycle and --model, --llama-server and --gguf, or all four")
     found = {name: [] for name in servers}
     for number in range(a.rounds + 1):
-        draw = random.Random(number)
-        prompts = [[draw.randrange(3, a.vocab) for _ in range(a.prompt)] for _ in range(a.clients)]
+        prompts = draw(number, a.clients, a.prompt, a.vocab)
         for name, command in servers.items():
             port = free_port()
             result = round_of([str(part) for part in command(port)], port, prompts, a.tokens)

@@ -211,6 +211,55 @@ fn a_bad_command_line_ends_with_exit_code_2() {
 }
 
 #[test]
+fn a_model_becomes_a_gguf_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/base");
+    fs_err::create_dir(dir.path().join("base")).unwrap();
+    for entry in fs_err::read_dir(base).unwrap() {
+        let entry = entry.unwrap();
+        fs_err::copy(entry.path(), dir.path().join("base").join(entry.file_name())).unwrap();
+    }
+    let run = |args: &[&str]| transcript(dir.path(), args);
+    assert_snapshot!(run(&["quantize", "base", "out.gguf", "--type", "q4_k"]), @"
+    $ upcycle quantize base out.gguf --type q4_k
+    exit 0
+    --- stderr
+     INFO wrote 2.11 MiB to out.gguf in [time]: 5.18 bits per weight, tensors 9 float32, 25 Q4_K, 5 Q6_K
+    hint: upcycle serve out.gguf
+    ");
+    assert_snapshot!(run(&["quantize", "base", "out.gguf"]), @"
+    $ upcycle quantize base out.gguf
+    exit 1
+    --- stderr
+    error: out.gguf is there already; give another name, or `--overwrite`
+    ");
+    assert_snapshot!(run(&["quantize", "out.gguf", "again.gguf", "--type", "q8_0"]), @"
+    $ upcycle quantize out.gguf again.gguf --type q8_0
+    exit 0
+    --- stderr
+    warning: the model is quantised already: what changes its type loses twice; quantise the original if there is one
+     INFO wrote 3.52 MiB to again.gguf in [time]: 8.66 bits per weight, tensors 9 float32, 30 Q8_0
+    hint: upcycle serve again.gguf
+    ");
+    assert_snapshot!(run(&["run", "base", "--quantize", "q3_k", "Hello"]), @"
+    $ upcycle run base --quantize q3_k Hello
+    exit 2
+    --- stderr
+    error: invalid value 'q3_k' for '--quantize <TYPE>'
+      [possible values: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q4_k_m, q4_k_s, q4_0]
+
+      tip: a similar value exists: 'q6_k'
+
+    For more information, try '--help'.
+    ");
+    let text = |args: &[&str]| run(args).lines().skip(1).map(str::to_owned).collect::<Vec<_>>();
+    let options = ["--temperature", "0", "-n", "12", "--quiet"];
+    let from_file = text(&[&["run", "out.gguf", "Hello"][..], &options].concat());
+    assert_eq!(text(&[&["run", "base", "--quantize", "q4_k_m", "Hello"][..], &options].concat()), from_file);
+    assert!(from_file[0] == "exit 0" && from_file.len() > 2, "{from_file:?}");
+}
+
+#[test]
 fn help_names_every_command() {
     assert_snapshot!(with_recipe("", &["--help"]), @"
     $ upcycle --help

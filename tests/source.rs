@@ -5,6 +5,7 @@ mod gguf;
 #[cfg(feature = "hub")]
 mod hub;
 mod lora;
+mod quantize;
 
 use std::path::Path;
 

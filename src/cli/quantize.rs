@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::bail;
-use indicatif::{HumanBytes, HumanDuration};
+use indicatif::HumanBytes;
 use upcycle::{
     engine::tokenizer::Tokenizer,
     quantize::{self, Importance, Mix, Scheme},
@@ -58,6 +58,14 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             "the experts of `gate_mode: sequence` are whole models, which one GGUF file cannot hold; quantise each, or set `gate_mode: auto`"
         );
     }
+    if loaded
+        .family
+        .tensors(&loaded.config)
+        .iter()
+        .any(|(role, _)| loaded.family.name(*role).and_then(|name| loaded.weights.info(&name)).is_some_and(|info| info.dtype.is_blocks()))
+    {
+        ui::warn("the model is quantised already: what changes its type loses twice; quantise the original if there is one");
+    }
     let importance = match &args.imatrix {
         Some(file) => Some(Importance::read(file)?),
         None if args.texts.texts.is_empty() => None,
@@ -72,10 +80,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         ui::warn(format!("of {} matrices the importance is not known: their columns weigh alike", written.unknown));
     }
     tracing::info!(
-        "wrote {} to {} in {}: {:.2} bits per weight, tensors {}",
+        "wrote {} to {} in {:.1?}: {:.2} bits per weight, tensors {}",
         HumanBytes(written.bytes),
         args.out.display(),
-        HumanDuration(start.elapsed()),
+        start.elapsed(),
         8.0 * written.bytes as f64 / written.elements as f64,
         types.join(", ")
     );

@@ -15,6 +15,9 @@ use crate::{
     write::gguf::file::{Info, Value, layout},
 };
 
+/// The least importance of a column, relative to the mean of its matrix.
+const LEAST: f32 = 1e-4;
+
 /// Sums over the tokens that met a matrix, by the matrix's name in a GGUF file.
 #[derive(Debug, Clone, Default)]
 pub struct Importance {
@@ -113,7 +116,9 @@ impl Entry {
     pub(super) fn new(mut sums: Vec<f32>, counts: Vec<f32>) -> Self {
         let row = (sums.len() / counts.len().max(1)).max(1);
         for (sums, count) in sums.chunks_mut(row).zip(&counts) {
-            sums.iter_mut().for_each(|sum| *sum /= count.max(1.0));
+            // What this text left at zero another one may use.
+            let floor = LEAST * sums.iter().sum::<f32>() / row as f32;
+            sums.iter_mut().for_each(|sum| *sum = sum.max(floor) / count.max(1.0));
         }
         Self { means: sums, counts }
     }

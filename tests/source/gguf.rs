@@ -57,22 +57,22 @@ fn permute(w: &Tensor, heads: usize) -> Tensor {
     split.contiguous().unwrap().reshape(w.shape()).unwrap()
 }
 
-struct Fixture {
-    dir: TempDir,
+pub(super) struct Fixture {
+    pub(super) dir: TempDir,
 }
 
 impl Fixture {
-    fn hf(&self) -> PathBuf {
+    pub(super) fn hf(&self) -> PathBuf {
         self.dir.path().join("hf")
     }
 
-    fn gguf(&self) -> PathBuf {
+    pub(super) fn gguf(&self) -> PathBuf {
         self.dir.path().join("model.gguf")
     }
 }
 
 /// A tiny model of the family as a directory, and as a GGUF of that architecture with matrices in `dtype`.
-fn fixture(family: &str, architecture: &str, dtype: GgmlDType, stacked: Stacking) -> Fixture {
+pub(super) fn fixture(family: &str, architecture: &str, dtype: GgmlDType, stacked: Stacking) -> Fixture {
     let fixture = Fixture { dir: tempfile::tempdir().unwrap() };
     let (config, tensors) = sparse(family).unwrap_or_else(|| (models::config(family), models::tensors(family)));
     models::write_with(&fixture.hf(), &config, &tensors, 1);
@@ -82,7 +82,7 @@ fn fixture(family: &str, architecture: &str, dtype: GgmlDType, stacked: Stacking
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Stacking {
+pub(super) enum Stacking {
     /// One tensor per projection and layer.
     Stacked,
     /// Until April 2024.
@@ -95,7 +95,7 @@ const EXPERT_FFN: usize = 64;
 type Tensors = Vec<(String, Vec<usize>)>;
 
 /// Config and tensors of a sparse family; `None` for a dense one.
-fn sparse(family: &str) -> Option<(serde_json::Value, Tensors)> {
+pub(super) fn sparse(family: &str) -> Option<(serde_json::Value, Tensors)> {
     let (dense, block, names) = match family {
         "mixtral" => ("llama", "block_sparse_moe", ["w1", "w3", "w2"]),
         "qwen2_moe" => ("qwen2", "mlp", ["gate_proj", "up_proj", "down_proj"]),

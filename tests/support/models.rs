@@ -132,6 +132,18 @@ pub fn rewrite(dir: &Path, change: impl FnOnce(&mut Vec<u8>)) {
     fs_err::write(file, bytes).unwrap();
 }
 
+/// Changes tensors of `model.safetensors` where they lie.
+pub fn rewrite_tensors(dir: &Path, change: impl Fn(&str, &mut [u8])) {
+    rewrite(dir, |bytes| {
+        let start = 8 + usize::try_from(u64::from_le_bytes(*bytes.first_chunk().unwrap())).unwrap();
+        let header: Value = serde_json::from_slice(&bytes[8..start]).unwrap();
+        for (name, info) in header.as_object().unwrap().iter().filter(|(name, _)| *name != "__metadata__") {
+            let offset = |at: usize| start + usize::try_from(info["data_offsets"][at].as_u64().unwrap()).unwrap();
+            change(name, &mut bytes[offset(0)..offset(1)]);
+        }
+    });
+}
+
 /// Replaces the header of `model.safetensors`.
 pub fn rewrite_header(dir: &Path, change: impl FnOnce(&mut Value)) {
     rewrite(dir, |bytes| {

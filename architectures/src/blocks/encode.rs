@@ -156,6 +156,31 @@ fn q8_0(x: &[f32; 32], _: &[f32; 32], out: &mut [u8; 34]) {
     }
 }
 
+/// Scale and minimum of a run in units of d and dmin, 0 to 63: the nearest or next to them, whichever lose least.
+fn six_bits(x: &[f32; 32], w: &[f32; 32], found: (f32, f32), (d, dmin): (f32, f32), levels: f32) -> (u8, u8) {
+    let around = |value: f32, unit: f32| {
+        let middle = if unit == 0.0 { 0.0 } else { nearest(value / unit) };
+        [-1.0, 0.0, 1.0].map(|step| (middle + step).clamp(0.0, 63.0))
+    };
+    let (mut least, mut best) = (f32::MAX, (0, 0));
+    for scale in around(found.0, d) {
+        for minimum in around(found.1, dmin) {
+            let (step, low) = (d * scale, dmin * minimum);
+            let inverse = if step == 0.0 { 0.0 } else { step.recip() };
+            let error = |i: usize| {
+                let x = x[i] + low;
+                let lost = x - step * nearest(x * inverse).max(0.0).min(levels);
+                w[i] * lost * lost
+            };
+            let error = sum(error, 32);
+            if error < least {
+                (least, best) = (error, (scale as u8, minimum as u8));
+            }
+        }
+    }
+    best
+}
+
 /// The integers of a block of eight runs of 32 with scales and minima, whose d, dmin and twelve packed bytes go to `out`.
 fn scaled_runs(x: &[f32; 256], w: &[f32; 256], levels: f32, out: &mut [u8]) -> [[u8; 32]; 8] {
     let (x, w) = (x.as_chunks::<32>().0, w.as_chunks::<32>().0);
@@ -165,8 +190,7 @@ fn scaled_runs(x: &[f32; 256], w: &[f32; 256], levels: f32, out: &mut [u8]) -> [
     let packed = &mut out[4..16];
     packed.fill(0);
     array::from_fn(|j| {
-        let in_units = |value: f32, unit: f32| if unit == 0.0 { 0 } else { nearest(value / unit).min(63.0) as u8 };
-        let (scale, minimum) = (in_units(found[j].0, d), in_units(found[j].1, dmin));
+        let (scale, minimum) = six_bits(&x[j], &w[j], found[j], (d, dmin), levels);
         if j < 4 {
             packed[j] |= scale;
             packed[j + 4] |= minimum;

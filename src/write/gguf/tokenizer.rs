@@ -61,7 +61,9 @@ pub(super) fn metadata(sidecars: &BTreeMap<String, Sidecar>, config: &Config) ->
     let special = |name: &str| tokenizer.special_tokens().get(name).and_then(|token| vocabulary.ids.get(token)).copied();
     let bos = special("bos_token").or(config.bos.map(|id| id as usize));
     let eos = special("eos_token").or(config.eos.first().map(|id| *id as usize));
-    for (name, id) in [("bos", bos), ("eos", eos), ("unknown", special("unk_token")), ("padding", special("pad_token"))] {
+    let unknown = || json["model"]["unk_token"].as_str().and_then(|token| vocabulary.ids.get(token)).copied();
+    let unknown = special("unk_token").or_else(unknown);
+    for (name, id) in [("bos", bos), ("eos", eos), ("unknown", unknown), ("padding", special("pad_token"))] {
         if let Some(id) = id.filter(|id| *id < config.vocab) {
             set(&format!("ggml.{name}_token_id"), size(id));
         }
