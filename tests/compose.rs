@@ -173,7 +173,8 @@ fn shards_are_cut_in_order_and_indexed() {
         assert!(SafeTensors::deserialize(&bytes).unwrap().tensor(name).is_ok(), "{name} is in {file}");
     }
     for (file, bytes) in &written_shards[..written_shards.len() - 1] {
-        assert!(*bytes < 20_000 + 2_000, "{file} has {bytes} bytes");
+        // A header, and what pads it to a place within a block.
+        assert!(*bytes < 20_000 + 2_000 + 4096, "{file} has {bytes} bytes");
     }
 }
 
@@ -195,10 +196,9 @@ fn an_interrupted_write_goes_on_and_ends_with_the_same_bytes() {
     let killed = std::panic::catch_unwind(AssertUnwindSafe(|| write::write(&composite, &recipe, &broken, &options, &Stop)));
     assert!(killed.is_err());
     assert!(!broken.join("config.json").exists(), "an unfinished directory is no model");
-    let first = fs_err::metadata(broken.join(&shards[0].0)).unwrap().modified().unwrap();
+    assert!(shards.iter().all(|(file, _)| !broken.join(file).exists()), "nothing unfinished has a final name");
     let resumed = write::write(&composite, &recipe, &broken, &options, &Silent).unwrap();
     assert!(resumed.found > 0);
-    assert_eq!(fs_err::metadata(broken.join(&shards[0].0)).unwrap().modified().unwrap(), first, "the finished shard was not written again");
     assert_eq!(files(&broken), files(&whole));
 }
 
@@ -227,10 +227,16 @@ fn a_directory_with_something_else_in_it_is_refused() {
     let models = Models::new("llama");
     let recipe = models.recipe("gate_mode: random", "");
     let composite = composite(&recipe);
+    let other = models.path("other");
+    models::write(&other, "llama", 9);
+    let before = files(&other);
+    assert!(matches!(write::write(&composite, &recipe, &other, &Options::default(), &Silent), Err(WriteError::Occupied(_))));
+    assert!(matches!(write::check_directory(&other, &Options::default()), Err(WriteError::Occupied(_))));
+    assert_eq!(files(&other), before);
     let base = models.path("base");
     let before = files(&base);
-    assert!(matches!(write::write(&composite, &recipe, &base, &Options::default(), &Silent), Err(WriteError::Occupied(_))));
-    assert!(matches!(write::check_directory(&base, &Options::default()), Err(WriteError::Occupied(_))));
+    let overwrite = Options { overwrite: true, ..Options::default() };
+    assert!(matches!(write::write(&composite, &recipe, &base, &overwrite, &Silent), Err(WriteError::Source(_))));
     assert_eq!(files(&base), before);
 }
 

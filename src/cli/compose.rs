@@ -149,6 +149,7 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<()> {
         tokenizer: !args.no_copy_tokenizer,
         card: !args.no_write_model_card,
         allow_non_finite: args.options.allow.iter().any(|name| name == recipe::NON_FINITE),
+        ..write::Options::default()
     };
     write::check_directory(&args.out, &options)?;
     args.device.set_threads()?;

@@ -9,7 +9,7 @@ mod sequence;
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use upcycle_architectures::{
     AttentionPart, Config, Dtype, Family, LayerRole, Projection, Role, TensorInfo, Weights,
     upcycle::{Request, TARGETS, Target},
@@ -20,6 +20,7 @@ use upcycle_routers::{
 };
 
 pub use composite::Composite;
+pub(crate) use composite::hex;
 pub use sequence::{Sequence, sequence};
 
 use crate::{
@@ -100,7 +101,7 @@ pub struct PlannedTensor {
 }
 
 /// Where a run of bytes comes from. Sources are indices into [`Sources::all`].
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "from", rename_all = "snake_case")]
 pub enum Part {
     /// A source's tensor; copied if the type is the same and nothing is to be done to it.
@@ -151,9 +152,23 @@ pub enum Part {
     },
 }
 
+impl Part {
+    /// The sources that its bytes are made of.
+    pub(crate) fn sources(&self) -> Vec<usize> {
+        match self {
+            Self::Tensor { source, fold, .. } => {
+                let shared = fold.iter().flat_map(|fold| fold.shared.iter().map(|(source, _)| *source));
+                std::iter::once(*source).chain(shared).collect()
+            }
+            Self::Mean { of } => of.iter().map(|(source, _)| *source).collect(),
+            Self::Gate { .. } | Self::SharedGate { .. } | Self::Zeros { .. } | Self::Fitted { .. } | Self::Tuned { .. } => Vec::new(),
+        }
+    }
+}
+
 /// A norm's weight that a source's tensor expects in front of it, and the one that it gets: column j is multiplied by own\[j\] / shared\[j\], so
 /// that behind the shared norm the tensor does what it did behind its own.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Fold {
     /// name in the tensor's source
     pub own: String,

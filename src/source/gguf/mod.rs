@@ -7,10 +7,10 @@ mod read;
 mod tensors;
 mod tokenizer;
 
-use std::{path::Path, sync::Arc};
+use std::{collections::HashMap, path::Path, sync::Arc};
 
 use self::read::Gguf;
-use super::{ModelRef, Source, SourceError};
+use super::{DataFile, ModelRef, Source, SourceError, map};
 
 /// Whether a file is one, by its first bytes.
 pub(super) fn is_gguf(file: &Path) -> std::io::Result<bool> {
@@ -33,6 +33,8 @@ pub(super) fn open(reference: &ModelRef, file: &Path) -> Result<Source, SourceEr
         config,
         config_json,
         weights: Arc::new(weights),
+        extents: HashMap::new(),
+        files: vec![Arc::new(DataFile::of(file, &map::open(file)?)?)],
         sidecars,
     })
 }
