@@ -22,12 +22,12 @@ use upcycle_routers::gate::Gate;
 use crate::support::models;
 
 /// Base and three experts of a family in a temporary directory.
-struct Models {
+pub struct Models {
     dir: TempDir,
 }
 
 impl Models {
-    fn new(family: &str) -> Self {
+    pub fn new(family: &str) -> Self {
         let dir = TempDir::new().unwrap();
         for (seed, name) in ["base", "a", "b", "c"].iter().enumerate() {
             models::write(&dir.path().join(name), family, seed as u64);
@@ -35,12 +35,12 @@ impl Models {
         Self { dir }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
     /// A recipe over the models; `head` goes in front, `expert` after each expert's source.
-    fn recipe(&self, head: &str, expert: &str) -> Recipe {
+    pub fn recipe(&self, head: &str, expert: &str) -> Recipe {
         let mut text = format!("base_model: {}\n{head}\nexperts:\n", self.path("base").display());
         for name in ["a", "b", "c"] {
             text += &format!("  - source_model: {}\n    positive_prompts: [w5 w{}]\n", self.path(name).display(), name.len());
@@ -50,12 +50,12 @@ impl Models {
     }
 }
 
-fn plan(recipe: &Recipe) -> Result<(Plan, Sources), PlanError> {
+pub fn plan(recipe: &Recipe) -> Result<(Plan, Sources), PlanError> {
     let sources = Sources::open(recipe, |reference, _| source::open(reference, &OpenOptions::default())).unwrap();
     Ok((plan::plan(recipe, &sources, &[])?, sources))
 }
 
-fn composite(recipe: &Recipe) -> Composite {
+pub fn composite(recipe: &Recipe) -> Composite {
     let (plan, sources) = plan(recipe).unwrap();
     let rows = recipe.experts.len() * models::HIDDEN;
     let weight = |l: usize| (0..rows).map(|i| (l * rows + i) as f32 / 64.0).collect();
@@ -82,7 +82,7 @@ fn tensors(dir: &Path) -> Tensors {
     all
 }
 
-fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+pub fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     let entries = fs_err::read_dir(dir).unwrap().map(|entry| entry.unwrap());
     entries.map(|entry| (entry.file_name().to_string_lossy().into_owned(), fs_err::read(entry.path()).unwrap())).collect()
 }

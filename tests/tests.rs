@@ -16,6 +16,7 @@ mod cli;
 mod compose;
 mod engine;
 mod eval;
+mod faults;
 mod gates;
 mod identities;
 mod inspect;

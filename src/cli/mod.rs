@@ -24,6 +24,7 @@ mod stats;
 mod texts;
 mod tune;
 mod ui;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -51,6 +52,8 @@ enum Command {
     Plan(plan::Args),
     /// Write the composite
     Compose(compose::Args),
+    /// Hold a composite against what was written, and the models that it was made of
+    Verify(verify::Args),
     /// Serve a model with OpenAI's API
     #[cfg(feature = "serve")]
     Serve(serve::Args),
@@ -84,6 +87,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Demo(args) => demo::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Compose(args) => compose::run(args),
+        Command::Verify(args) => verify::run(&args),
         #[cfg(feature = "serve")]
         Command::Serve(args) => serve::run(args),
         Command::Chat(args) => chat::run(args),

@@ -103,6 +103,11 @@ impl WriteProgress {
     pub(crate) fn new() -> Self {
         Self { bar: bytes_bar() }
     }
+
+    /// Takes the bar away.
+    pub(crate) fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
 }
 
 impl upcycle::write::Progress for WriteProgress {

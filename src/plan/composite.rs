@@ -160,10 +160,8 @@ impl Composite {
     /// Some elements of a source's tensor, which must have `all`, in its own type.
     fn piece(&self, source: usize, name: &str, all: usize, elements: Range<usize>) -> Result<View, WeightsError> {
         let source = &self.sources.all[source];
-        let fits = |info: &TensorInfo| match info.elements() == all {
-            true => Ok(()),
-            false => Err(WeightsError::Shape { tensor: name.to_owned(), expected: vec![all], found: info.shape.clone() }),
-        };
+        let misfit = |info: &TensorInfo| WeightsError::Shape { tensor: name.to_owned(), expected: vec![all], found: info.shape.clone() };
+        let fits = |info: &TensorInfo| if info.elements() == all { Ok(()) } else { Err(misfit(info)) };
         let Some(extent) = source.extents.get(name) else {
             let view = source.weights.read(name)?;
             fits(&view.info)?;

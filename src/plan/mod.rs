@@ -50,6 +50,11 @@ impl Sources {
         Ok(sources)
     }
 
+    /// Models that a plan names by number alone.
+    pub(crate) fn numbered(all: Vec<Source>) -> Self {
+        Self { all, by_reference: BTreeMap::new() }
+    }
+
     /// The base.
     pub fn base(&self) -> &Source {
         &self.all[0]
@@ -162,6 +167,18 @@ impl Part {
             }
             Self::Mean { of } => of.iter().map(|(source, _)| *source).collect(),
             Self::Gate { .. } | Self::SharedGate { .. } | Self::Zeros { .. } | Self::Fitted { .. } | Self::Tuned { .. } => Vec::new(),
+        }
+    }
+
+    /// Gives its sources other numbers; whether all of them have one.
+    pub(crate) fn renumber(&mut self, numbers: &BTreeMap<usize, usize>) -> bool {
+        let renumber = |source: &mut usize| numbers.get(source).map(|number| *source = *number).is_some();
+        match self {
+            Self::Tensor { source, fold, .. } => {
+                renumber(source) && fold.iter_mut().all(|fold| fold.shared.iter_mut().all(|(source, _)| renumber(source)))
+            }
+            Self::Mean { of } => of.iter_mut().all(|(source, _)| renumber(source)),
+            Self::Gate { .. } | Self::SharedGate { .. } | Self::Zeros { .. } | Self::Fitted { .. } | Self::Tuned { .. } => true,
         }
     }
 }
@@ -497,6 +514,13 @@ pub fn opened(source: Source) -> Option<Composite> {
     };
     let by_reference = BTreeMap::from([(source.reference.clone(), 0)]);
     Some(composite(plan, Sources { all: vec![source], by_reference }, Gates::default(), None))
+}
+
+/// A composite on disk as the plan that it was written by, as far as it is known: these tensors of these sources. `None` for a dense model.
+pub(crate) fn recorded(written: Source, tensors: Vec<PlannedTensor>, sources: Sources, seed: u64) -> Option<Composite> {
+    let opened = opened(written)?;
+    let plan = Plan { tensors, seed, ..(*opened.plan).clone() };
+    Some(composite(plan, sources, Gates::default(), None))
 }
 
 /// The gates of a composite.

@@ -27,7 +27,7 @@ const JOB: usize = 16 << 20;
 /// Bytes that are copied at a time: two of them fit in a core's second-level cache.
 const BUFFER: usize = 256 << 10;
 /// Elements that are computed at a time.
-const ELEMENTS: usize = 256 << 10;
+pub(super) const ELEMENTS: usize = 256 << 10;
 
 /// Some elements of one part of a tensor, and their place.
 #[derive(Debug)]

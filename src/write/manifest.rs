@@ -3,13 +3,13 @@
 //! It depends on recipe and sources alone, like the weights. `verify` holds a directory against it, and a shard whose key it still has
 //! need not be written again.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, io::ErrorKind, path::Path};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use upcycle_architectures::Dtype;
 
-use super::{fill::Job, shard::Shard, state::JobId};
+use super::{WriteError, fill::Job, shard::Shard, state::JobId};
 use crate::plan::{Composite, Part, hex};
 
 /// Its name.
@@ -78,9 +78,16 @@ impl Manifest {
         }
     }
 
-    /// That of a directory; `None` if there is none, or none that can be read.
-    pub(super) fn read(directory: &Path) -> Option<Self> {
-        serde_json::from_slice(&fs_err::read(directory.join(MANIFEST)).ok()?).ok()
+    /// That of a directory.
+    pub(super) fn read(directory: &Path) -> Result<Self, WriteError> {
+        let wrong = |reason: String| WriteError::Manifest { out: directory.to_owned(), reason };
+        let bytes = match fs_err::read(directory.join(MANIFEST)) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                return Err(wrong("there is none: upcycle did not write this model".into()));
+            }
+            other => other?,
+        };
+        serde_json::from_slice(&bytes).map_err(|error| wrong(error.to_string()))
     }
 
     /// The shards of an earlier composite in the directory that are what they would be written as.
@@ -106,10 +113,9 @@ impl Manifest {
         }
     }
 
-    /// CRC-32 and length of a tensor's bytes.
-    pub(super) fn checksum(entry: &TensorEntry) -> Option<(u32, u64)> {
-        let bytes = entry.shape.iter().try_fold(Dtype::parse(&entry.dtype)?.size(), |bytes, dim| bytes.checked_mul(*dim))?;
-        Some((u32::from_str_radix(&entry.crc32, 16).ok()?, bytes as u64))
+    /// Length of a tensor's bytes.
+    pub(super) fn bytes(entry: &TensorEntry) -> Option<u64> {
+        entry.shape.iter().try_fold(Dtype::parse(&entry.dtype)?.size() as u64, |bytes, dim| bytes.checked_mul(*dim as u64))
     }
 }
 

@@ -9,6 +9,7 @@ mod fill;
 mod manifest;
 mod shard;
 mod state;
+mod verify;
 
 use std::{
     collections::BTreeMap,
@@ -20,12 +21,15 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use upcycle_architectures::WeightsError;
 
-pub use self::manifest::MANIFEST;
 use self::{
     fill::Job,
     manifest::Manifest,
     shard::Shard,
     state::{JobId, State},
+};
+pub use self::{
+    manifest::MANIFEST,
+    verify::{Verified, verify},
 };
 use crate::{
     plan::{self, Composite},
@@ -53,7 +57,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { shard_size: 5_000_000_000, overwrite: false, tokenizer: true, card: true, allow_non_finite: false, checkpoint: 1 << 30 }
+        Self { shard_size: 5_000_000_000, overwrite: false, tokenizer: true, card: true, allow_non_finite: false, checkpoint: 256 << 20 }
     }
 }
 
@@ -130,6 +134,14 @@ pub enum WriteError {
         bytes: u64,
         /// what the file system said
         error: std::io::Error,
+    },
+    /// What the composite says of itself is missing or damaged.
+    #[error("{}: {reason}", out.join(MANIFEST).display())]
+    Manifest {
+        /// the directory
+        out: PathBuf,
+        /// what is wrong
+        reason: String,
     },
     /// The directory is where a source was read from.
     #[error("{} is one of the models that are composed; give another directory to write into", .0.display())]
@@ -209,7 +221,7 @@ pub fn write_with(
     let mut state = state::claim(out, &digest, options.overwrite, progress)?;
 
     let jobs: Vec<Vec<Job>> = shards.iter().enumerate().map(|(number, shard)| fill::jobs(composite, number, shard)).collect();
-    let earlier = Manifest::read(out);
+    let earlier = Manifest::read(out).ok();
     let kept = earlier.as_ref().map_or_else(|| vec![false; shards.len()], |manifest| manifest.kept(out, &shards, &keys));
     let begun: Vec<bool> = (0..shards.len()).map(|number| begun(out, &shards[number], &jobs[number], &state)).collect();
     state.retain(|number| begun.get(number).is_some_and(|begun| *begun))?;
