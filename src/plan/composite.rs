@@ -105,12 +105,7 @@ impl Composite {
 
     /// Whether a block of a part costs no more than its share of the whole.
     pub fn divisible(&self, tensor: usize, part: usize) -> bool {
-        let stored = |source: &usize, name: &String| self.sources.all[*source].extents.contains_key(name);
-        match &self.plan.tensors[tensor].parts[part] {
-            Part::Tensor { source, tensor, .. } => stored(source, tensor),
-            Part::Mean { of } => of.iter().all(|(source, name)| stored(source, name)),
-            Part::Fitted { .. } | Part::Tuned { .. } | Part::Gate { .. } | Part::SharedGate { .. } | Part::Zeros { .. } => true,
-        }
+        self.plan.tensors[tensor].parts[part].divisible(&self.sources)
     }
 
     /// The bytes of one part of tensor `tensor`, in the plan's type; borrowed from its source's map where they can be.

@@ -170,6 +170,16 @@ impl Part {
         }
     }
 
+    /// Whether some elements of it can be had without computing all of them: not where an adapter is merged, or a GGUF file decoded.
+    pub(crate) fn divisible(&self, sources: &Sources) -> bool {
+        let stored = |source: &usize, name: &String| sources.all[*source].extents.contains_key(name);
+        match self {
+            Self::Tensor { source, tensor, .. } => stored(source, tensor),
+            Self::Mean { of } => of.iter().all(|(source, name)| stored(source, name)),
+            Self::Gate { .. } | Self::SharedGate { .. } | Self::Zeros { .. } | Self::Fitted { .. } | Self::Tuned { .. } => true,
+        }
+    }
+
     /// Gives its sources other numbers; whether all of them have one.
     pub(crate) fn renumber(&mut self, numbers: &BTreeMap<usize, usize>) -> bool {
         let renumber = |source: &mut usize| numbers.get(source).map(|number| *source = *number).is_some();

@@ -4,6 +4,7 @@ mod error;
 mod extent;
 mod gguf;
 mod hub;
+mod licence;
 mod lora;
 mod map;
 mod place;
@@ -31,6 +32,7 @@ pub use self::{
     error::SourceError,
     extent::{DataFile, Extent},
     hub::Hub,
+    licence::{conflict, licence},
     sidecar::{eos_ids, sidecar},
 };
 pub(crate) use self::{

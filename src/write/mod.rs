@@ -32,7 +32,7 @@ pub use self::{
     verify::{Verified, verify},
 };
 use crate::{
-    plan::{self, Composite},
+    plan::{self, Composite, Plan, Sources},
     recipe::Recipe,
     source::{self, CONFIG, INDEX, Source},
 };
@@ -57,7 +57,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { shard_size: 5_000_000_000, overwrite: false, tokenizer: true, card: true, allow_non_finite: false, checkpoint: 256 << 20 }
+        Self { shard_size: 5_000_000_000, overwrite: false, tokenizer: true, card: true, allow_non_finite: false, checkpoint: 1 << 30 }
     }
 }
 
@@ -155,6 +155,16 @@ pub struct Written {
     pub shards: Vec<(String, u64)>,
     /// Bytes that were there: written by an earlier run, or the same in an earlier composite.
     pub found: u64,
+}
+
+/// Most bytes of tensors held at once while writing, by all threads of the current pool: a block each, of f32s beside its own bytes, or all
+/// of a part that can only be computed as a whole.
+pub fn memory(plan: &Plan, sources: &Sources) -> u64 {
+    let parts = plan.tensors.iter().flat_map(|tensor| tensor.parts.iter().map(move |part| (tensor, part)));
+    let whole = parts.filter(|(_, part)| !part.divisible(sources)).map(|(tensor, _)| tensor.info.elements() / tensor.parts.len());
+    let elements = whole.max().unwrap_or(0).max(fill::ELEMENTS) as u64;
+    // The values, and twice the bytes: of the source, and of the output.
+    elements * (4 + 2 * plan.dtype.size() as u64) * rayon::current_num_threads() as u64
 }
 
 /// Whether a checkpoint can hold what the recipe asks for.
