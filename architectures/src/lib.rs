@@ -3,6 +3,7 @@
 //! Configs and tensor names ([`family`], [`families`]), how a dense family becomes a sparse one ([`upcycle`]), and the one forward pass
 //! ([`decoder`]) with its CPU kernels ([`kernels`]). This crate does no file, network or terminal I/O: weights come in through the [`Weights`] trait.
 
+pub mod blocks;
 pub mod config;
 pub mod decoder;
 pub mod families;

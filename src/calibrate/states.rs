@@ -167,7 +167,7 @@ pub(super) fn embeddings(base: &Source, experts: &[Prompts]) -> std::result::Res
     let name = base.family.name(Role::Embedding).ok_or_else(|| WeightsError::Missing { tensor: "embedding".into() })?;
     let table = base.weights.read(&name)?;
     let hidden = base.config.hidden;
-    let size = hidden * table.info.dtype.size();
+    let size = table.info.dtype.bytes(hidden);
     let mut states = Vec::new();
     for prompts in experts {
         let sum = |prompts_of_sign: &[Vec<u32>]| {

@@ -213,7 +213,7 @@ impl Sweep<'_> {
             chosen.push(Some((ids, a)));
         }
         if self.plan.repaired {
-            self.repair(l, &weight, &chosen, &mut rest, store)?;
+            self.repair(l, texts, &weight, &chosen, &mut rest, store)?;
         }
         *c = (m + (target - rest)?)?;
         Ok((gate, report))
@@ -244,16 +244,44 @@ impl Sweep<'_> {
         Ok((gate, logits, report))
     }
 
-    /// All down projections at once, one expert after the other (block Gauss-Seidel): minimises over the changes `C_e`
-    /// `sum_i w_i |rest_i - sum_e a_ie C_e^T|^2 + ridge |C_e|^2`, with `a_ie` the expert's hidden state times its routing weight.
+    /// Changes all down projections by the step of [`changes`](Self::changes), scaled by how much of it serves the fold that the same step from
+    /// the other folds has not seen.
     fn repair(
         &self,
         l: usize,
+        texts: &Texts,
         weight: &Tensor,
         chosen: &[Option<(Tensor, Tensor)>],
         rest: &mut Tensor,
         store: &mut Writer,
     ) -> Result<(), CalibrateError> {
+        let unseen = |fold: &usize| f32::from(*fold == 0);
+        let unseen = Tensor::from_vec(texts.folds.iter().map(unseen).collect::<Vec<_>>(), (texts.folds.len(), 1), self.device)?;
+        let test = (weight * &unseen)?;
+        let mut left = rest.clone();
+        self.changes(&(weight - &test)?, chosen, &mut left)?;
+        // The size of the step that leaves the least of the fold's errors.
+        let step = (&*rest - left)?;
+        let along = |a: &Tensor| (a * &step)?.broadcast_mul(&test)?.sum_all()?.to_scalar::<f32>();
+        let (gained, length) = (along(rest)?, along(&step)?);
+        let size = if length > 0.0 { f64::from(gained / length).clamp(0.0, 1.0) } else { 1.0 };
+        tracing::debug!("layer {l}: experts are repaired by {size:.2} of the step");
+
+        let mut left = rest.clone();
+        let changes = self.changes(weight, chosen, &mut left)?;
+        *rest = ((&*rest * (1.0 - size))? + (left * size)?)?;
+        for (e, change) in changes.iter().enumerate() {
+            let role = Role::Layer(l, LayerRole::Mlp(Projection::Down));
+            let repaired = (self.tensor(self.experts[e], role)? + (change * size)?)?;
+            self.put(store, Role::Layer(l, LayerRole::Expert(e, Projection::Down)), Some(&self.round(&repaired)?))?;
+        }
+        Ok(())
+    }
+
+    /// All down projections at once, one expert after the other (block Gauss-Seidel): minimises over the changes `C_e`
+    /// `sum_i w_i |rest_i - sum_e a_ie C_e^T|^2 + ridge |C_e|^2`, with `a_ie` the expert's hidden state times its routing weight. Takes what they
+    /// do off `rest`.
+    fn changes(&self, weight: &Tensor, chosen: &[Option<(Tensor, Tensor)>], rest: &mut Tensor) -> Result<Vec<Tensor>, CalibrateError> {
         let mut grams = Vec::new();
         for pick in chosen {
             grams.push(match pick {
@@ -277,12 +305,7 @@ impl Sweep<'_> {
                 changes[e] = change;
             }
         }
-        for (e, change) in changes.iter().enumerate() {
-            let role = Role::Layer(l, LayerRole::Mlp(Projection::Down));
-            let repaired = (self.tensor(self.experts[e], role)? + change)?;
-            self.put(store, Role::Layer(l, LayerRole::Expert(e, Projection::Down)), Some(&self.round(&repaired)?))?;
-        }
-        Ok(())
+        Ok(changes)
     }
 
     /// The shared matrix of a role, from each expert's own inputs `own` `[n_e, in]` and the composite's inputs [N, in], targets [N, out] and
@@ -433,7 +456,7 @@ fn embed(source: &Source, embedding: Option<&View>, texts: &Sequences, device: &
         Some(view) => view.clone(),
         None => source.weights.read(&source.family.name(Role::Embedding).unwrap_or_default())?,
     };
-    let bytes = d * view.info.dtype.size();
+    let bytes = view.info.dtype.bytes(d);
     let rows: Vec<u8> = texts.tokens().flat_map(|token| view.data.slice(token as usize * bytes..(token as usize + 1) * bytes)).collect();
     let shape = vec![rows.len() / bytes, d];
     let info = upcycle_architectures::TensorInfo { dtype: view.info.dtype, shape };

@@ -6,7 +6,7 @@ use upcycle::engine::bench::{self, Load};
 use upcycle_architectures::kernels::{Kernels, peak};
 
 use super::{
-    model::{self, DeviceArgs},
+    model::{self, DeviceArgs, Precision},
     recipe,
 };
 
@@ -40,8 +40,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     args.device.set_threads()?;
     let loaded = model::open(&args.model, &args.options, &args.device)?;
     let bytes = bench::bytes(loaded.family, &loaded.config, &*loaded.weights);
-    let decoder = model::load_decoder(&loaded, &args.device)?;
-    let kernels = Kernels::best();
+    let decoder = model::load_decoder(&loaded, &args.device, Precision::Fast)?;
+    let kernels = decoder.kernels().unwrap_or_else(Kernels::best);
     let (bandwidth, products) = (peak::read_bandwidth(kernels), peak::products(kernels));
     let mut rows = Vec::new();
     for &parallel in &args.parallel {

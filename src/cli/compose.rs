@@ -18,6 +18,7 @@ use super::{model::DeviceArgs, recipe, ui};
 
 /// Arguments of `compose`. mergekit-moe's flags are taken: those that mean something here do it, the others say why they do not.
 #[derive(Debug, clap::Args)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 pub(crate) struct Args {
     /// The recipe (mergekit-moe YAML)
     recipe: PathBuf,

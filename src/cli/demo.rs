@@ -13,7 +13,7 @@ use upcycle::{
 };
 
 use super::{
-    model::{self, DeviceArgs},
+    model::{self, DeviceArgs, Precision},
     recipe, ui,
 };
 
@@ -46,7 +46,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     println!("Wrote {}: {:.1} M parameters, {:.1} M active per token.\n", args.out.display(), all as f64 / 1e6, active as f64 / 1e6);
 
     let loaded = model::open(&args.out.to_string_lossy(), &options, &args.device)?;
-    let decoder = model::load_decoder(&loaded, &args.device)?;
+    let decoder = model::load_decoder(&loaded, &args.device, Precision::Fast)?;
     let text = Text::open(&loaded.sidecars, &loaded.config)?;
     let most = 100 / composite.plan.top_k();
     println!("Which expert takes which text (share of the choices, mean over layers; {most}% is every token's):\n");

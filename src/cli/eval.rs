@@ -21,7 +21,7 @@ use upcycle_architectures::{Dtype, decoder::Decoder};
 use upcycle_routers::init::{self, Runtime};
 
 use super::{
-    model::{self, DeviceArgs},
+    model::{self, DeviceArgs, Precision},
     recipe,
     texts::{self, TextArgs},
 };
@@ -134,7 +134,7 @@ fn sequence(
     let dtype = recipe.dtype.or(sources.base().config.dtype).unwrap_or(Dtype::Bf16);
     let ensemble = {
         let precise = DeviceArgs { dtype: DtypeChoice::Exactly(setting.dtype), ..args.device.clone() };
-        model::load_ensemble(&model::sequence(&recipe.file, recipe, &sources, plan), &precise)?
+        model::load_ensemble(&model::sequence(&recipe.file, recipe, &sources, plan), &precise, Precision::Full)?
     };
     report.sequence = true;
     report.add(evaluate::sequence(recipe, (&sources, dtype), &ensemble, &report.experts, &windows, setting)?);
@@ -182,7 +182,8 @@ fn hidden(recipe: &Recipe, args: &Args, report: &mut Report) -> anyhow::Result<O
     let plan = plan::plan(&theirs, &sources, &args.options.allow)?;
     let base = sources.base();
     let device = args.device.open()?;
-    let decoder = || Decoder::load(base.family, &base.config, &*base.weights, args.device.dtype(&device, &base.config), &device);
+    let decoder =
+        || Decoder::load(base.family, &base.config, &*base.weights, args.device.dtype(Precision::Full, &device, &base.config), &device);
     // What is to be said about these gates is not about the recipe's.
     let gates = calibrate::gates(&theirs, base, decoder)?.gates;
     Ok(Some(plan::composite(plan, sources, gates, None)))

@@ -30,7 +30,8 @@ struct Common {
 #[derive(Debug, clap::Args)]
 struct Model {
     /// The fine-tune: a directory, owner/name, or BASE+ADAPTER
-    model: String,
+    #[arg(value_name = "MODEL")]
+    place: String,
     /// What it is for (repeatable)
     #[arg(long = "prompt", value_name = "TEXT")]
     prompts: Vec<String>,
@@ -91,7 +92,7 @@ pub(crate) fn remove(args: &Remove) -> anyhow::Result<()> {
 
 fn described(model: &Model) -> NewExpert {
     NewExpert {
-        source_model: model.model.clone(),
+        source_model: model.place.clone(),
         positive_prompts: model.prompts.clone(),
         prompts_file: model.prompts_file.clone(),
         text_file: model.text_file.clone(),

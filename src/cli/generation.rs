@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Context as _;
 use upcycle::engine::{ChatTemplate, Engine, Options, Sampling, Text};
 
-use super::model::{self, DeviceArgs, Loaded};
+use super::model::{self, DeviceArgs, Loaded, Precision};
 
 /// How text is generated. What is not given is what the model's `generation_config.json` recommends.
 #[derive(Debug, Clone, clap::Args)]
@@ -48,9 +48,9 @@ impl GenerationArgs {
         }
         let options = Options { context: self.ctx_size, ..options };
         Ok(if loaded.experts.is_empty() {
-            Engine::start(model::load_decoder(loaded, device)?, text, options)?
+            Engine::start(model::load_decoder(loaded, device, Precision::Fast)?, text, options)?
         } else {
-            Engine::start(model::load_ensemble(loaded, device)?, text, options)?
+            Engine::start(model::load_ensemble(loaded, device, Precision::Fast)?, text, options)?
         })
     }
 

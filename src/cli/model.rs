@@ -50,9 +50,21 @@ impl DeviceArgs {
     }
 
     /// The type to compute a model of this config in.
-    pub(crate) fn dtype(&self, device: &Device, config: &Config) -> DType {
-        device::dtype(self.dtype, device, config)
+    pub(crate) fn dtype(&self, precision: Precision, device: &Device, config: &Config) -> DType {
+        match precision {
+            Precision::Full => device::dtype(self.dtype, device, config),
+            Precision::Fast => device::serving_dtype(self.dtype, device, config),
+        }
     }
+}
+
+/// What counts, where `--dtype` does not say.
+#[derive(Clone, Copy)]
+pub(crate) enum Precision {
+    /// every digit: to measure a model
+    Full,
+    /// speed: to generate text
+    Fast,
 }
 
 /// An opened model.
@@ -143,17 +155,17 @@ fn title(recipe: &Path) -> String {
 }
 
 /// The decoder of an opened model.
-pub(crate) fn load_decoder(loaded: &Loaded, args: &DeviceArgs) -> anyhow::Result<Decoder> {
+pub(crate) fn load_decoder(loaded: &Loaded, args: &DeviceArgs, precision: Precision) -> anyhow::Result<Decoder> {
     let device = args.open()?;
-    let dtype = args.dtype(&device, &loaded.config);
+    let dtype = args.dtype(precision, &device, &loaded.config);
     Ok(Decoder::load(loaded.family, &loaded.config, &*loaded.weights, dtype, &device)?)
 }
 
 /// The decoders of an opened model's whole experts.
-pub(crate) fn load_ensemble(loaded: &Loaded, args: &DeviceArgs) -> anyhow::Result<Ensemble> {
+pub(crate) fn load_ensemble(loaded: &Loaded, args: &DeviceArgs, precision: Precision) -> anyhow::Result<Ensemble> {
     let device = args.open()?;
     let decoder = |expert: &Whole| {
-        let dtype = args.dtype(&device, &expert.config);
+        let dtype = args.dtype(precision, &device, &expert.config);
         Decoder::load(expert.family, &expert.config, &*expert.weights, dtype, &device).with_context(|| expert.name.clone())
     };
     Ok(Ensemble::new(loaded.experts.iter().map(decoder).collect::<anyhow::Result<_>>()?)?)

@@ -13,7 +13,10 @@ use upcycle::{
 use upcycle_architectures::decoder::Decoder;
 use upcycle_routers::init::Runtime;
 
-use super::{model::DeviceArgs, ui};
+use super::{
+    model::{DeviceArgs, Precision},
+    ui,
+};
 
 /// The check that the writer makes.
 pub(crate) const NON_FINITE: &str = "non-finite-weights";
@@ -92,8 +95,9 @@ pub(crate) fn composite(recipe: &mut Recipe, options: &Options, device: &DeviceA
     let sources = open(recipe)?;
     let mut plan = plan(recipe, &sources, options)?;
     let place = device.open()?;
-    let decoder =
-        |source: &Source| Decoder::load(source.family, &source.config, &*source.weights, device.dtype(&place, &source.config), &place);
+    let decoder = |source: &Source| {
+        Decoder::load(source.family, &source.config, &*source.weights, device.dtype(Precision::Fast, &place, &source.config), &place)
+    };
     if recipe.gate_mode.runtime() == Some(Runtime::Subspace) {
         let gates = calibrate::subspace(recipe, &sources)?;
         return Ok(plan::composite(plan, sources, gates, None));

@@ -18,7 +18,7 @@ use upcycle_architectures::decoder::Decoder;
 
 use super::{
     composite::{self, Given},
-    model::DeviceArgs,
+    model::{DeviceArgs, Precision},
     recipe, texts, ui,
 };
 
@@ -138,7 +138,8 @@ fn corpus(given: &Given, args: &Args) -> anyhow::Result<Vec<(usize, Vec<Sequence
     if let (Some(recipe), true) = (&given.recipe, args.texts.is_empty()) {
         let device = args.device.open()?;
         let decoder = |source: &Source| {
-            Decoder::load(source.family, &source.config, &*source.weights, args.device.dtype(&device, &source.config), &device)
+            let dtype = args.device.dtype(Precision::Fast, &device, &source.config);
+            Decoder::load(source.family, &source.config, &*source.weights, dtype, &device)
         };
         let bar = ui::steps();
         let corpus = text::corpus(recipe, &composite.sources, &options, &decoder, &|doing| bar.set_message(doing.to_owned()))?;

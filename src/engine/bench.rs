@@ -5,7 +5,7 @@
 use std::time::Instant;
 
 use upcycle_architectures::{
-    Config, Family, LayerRole, Role, Weights,
+    Config, Dtype, Family, LayerRole, Role, Weights,
     decoder::{Cache, Decoder, DecoderError, Logits, NoProbe, Step},
 };
 
@@ -49,19 +49,15 @@ pub fn bytes(family: &Family, config: &Config, weights: &dyn Weights) -> Bytes {
     for (role, shape) in family.tensors(config) {
         let elements: usize = shape.iter().product();
         // A fused tensor has other names; its parts are of the model's own type.
-        let size = family
-            .name(role)
-            .and_then(|name| weights.info(&name))
-            .map(|info| info.dtype)
-            .or(config.dtype)
-            .map_or(2, upcycle_architectures::Dtype::size);
+        let dtype = family.name(role).and_then(|name| weights.info(&name)).map(|info| info.dtype).or(config.dtype);
+        let size = dtype.unwrap_or(Dtype::Bf16).bytes(elements);
         let share = match (role, &config.moe) {
             (Role::Layer(_, LayerRole::Expert(..)), Some(moe)) => moe.top_k as f64 / moe.experts as f64,
             (Role::Embedding, _) if !config.tied => 0.0,
             _ => 1.0,
         };
-        bytes.total += elements * size;
-        token += (elements * size) as f64 * share;
+        bytes.total += size;
+        token += size as f64 * share;
         if !matches!(role, Role::Embedding | Role::Head) {
             products += elements as f64 * share;
         }

@@ -108,12 +108,20 @@ fn answer(device: String, result: candle_core::Result<Device>) -> Result<Device,
     })
 }
 
-/// The type to compute in.
+/// The type to compute in where every digit counts: f32 on the CPU.
 pub fn dtype(choice: DtypeChoice, device: &Device, config: &Config) -> DType {
     match (choice, config.dtype.map(upcycle_architectures::Dtype::candle)) {
         (DtypeChoice::Exactly(dtype), _) => dtype,
         (DtypeChoice::Auto, Some(own @ (DType::BF16 | DType::F16))) if !device.is_cpu() => own,
         (DtypeChoice::Auto, _) => DType::F32,
+    }
+}
+
+/// The type to generate text in: that of the weights where it is faster than f32.
+pub fn serving_dtype(choice: DtypeChoice, device: &Device, config: &Config) -> DType {
+    match (choice, config.dtype) {
+        (DtypeChoice::Auto, Some(upcycle_architectures::Dtype::Bf16)) => DType::BF16,
+        _ => dtype(choice, device, config),
     }
 }
 

@@ -151,9 +151,9 @@ fn inner_products(base: &View, fine: &[View]) -> Sums {
 }
 
 fn part(view: &View, start: usize, end: usize) -> Vec<f32> {
-    let size = view.info.dtype.size();
-    let info = TensorInfo { dtype: view.info.dtype, shape: vec![end - start] };
-    View { info, data: view.data.slice(start * size..end * size) }.to_f32()
+    let dtype = view.info.dtype;
+    let info = TensorInfo { dtype, shape: vec![end - start] };
+    View { info, data: view.data.slice(dtype.bytes(start)..dtype.bytes(end)) }.to_f32()
 }
 
 fn dot(a: &[f32], b: &[f32]) -> f64 {

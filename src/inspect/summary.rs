@@ -83,7 +83,7 @@ pub fn summary(family: &Family, config: &Config, weights: &dyn Weights) -> Summa
             _ => None,
         });
         if let Some(info) = info {
-            *summary.bytes.entry(part).or_default() += elements * info.dtype.size() as u64;
+            *summary.bytes.entry(part).or_default() += info.dtype.bytes(elements as usize) as u64;
             *summary.dtypes.entry(info.dtype.torch_name()).or_default() += 1;
         }
     }

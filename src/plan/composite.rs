@@ -148,7 +148,7 @@ impl Composite {
             },
             Part::Gate { layer } => flat(weight(&self.gates.routed, *layer, &planned.name, elements)?),
             Part::SharedGate { layer } => flat(weight(&self.gates.shared, *layer, &planned.name, elements)?),
-            Part::Zeros { .. } => Ok(vec![0; elements.len() * dtype.size()].into()),
+            Part::Zeros { .. } => Ok(vec![0; dtype.bytes(elements.len())].into()),
         }
     }
 
@@ -164,8 +164,8 @@ impl Composite {
         };
         fits(&extent.info)?;
         let dtype = extent.info.dtype;
-        let mut data = vec![0; elements.len() * dtype.size()];
-        let read = extent.file.open().and_then(|file| extent.read(&file, (elements.start * dtype.size()) as u64, &mut data));
+        let mut data = vec![0; dtype.bytes(elements.len())];
+        let read = extent.file.open().and_then(|file| extent.read(&file, dtype.bytes(elements.start) as u64, &mut data));
         read.map_err(|error| WeightsError::Read { tensor: name.to_owned(), reason: error.to_string() })?;
         Ok(View { info: TensorInfo { dtype, shape: vec![elements.len()] }, data: data.into() })
     }
@@ -241,12 +241,13 @@ impl Weights for Composite {
 
 /// Some elements of a tensor.
 fn slice(view: &View, name: &str, elements: &Range<usize>) -> Result<View, WeightsError> {
-    let size = view.info.dtype.size();
-    if elements.end * size > view.data.len() {
+    // Of blocks the whole is taken: what has them is not divisible.
+    let (start, end) = (view.info.dtype.bytes(elements.start), view.info.dtype.bytes(elements.end));
+    if end > view.data.len() {
         return Err(WeightsError::Shape { tensor: name.to_owned(), expected: vec![elements.end], found: view.info.shape.clone() });
     }
     let info = TensorInfo { dtype: view.info.dtype, shape: vec![elements.len()] };
-    Ok(View { info, data: view.data.slice(elements.start * size..elements.end * size) })
+    Ok(View { info, data: view.data.slice(start..end) })
 }
 
 /// Some elements of a layer's gate.
@@ -274,10 +275,10 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Noise, then scale, each rounded to the tensor's own type, as mergekit does it. mergekit draws from torch's generator in write order; this
+/// Noise, then scale, each rounded to the tensor's own type (f32 for blocks), as mergekit does it. mergekit draws from torch's generator in write order; this
 /// draws from ChaCha by tensor, so that the values differ but do not depend on order.
 fn edit(view: &View, noise: Option<f64>, scale: Option<f64>, mut rng: ChaCha8Rng) -> Result<View, WeightsError> {
-    let dtype: Dtype = view.info.dtype;
+    let dtype: Dtype = view.info.dtype.decoded();
     let round = |values: &[f32]| Ok(View::from_f32(values, dtype, vec![values.len()])?.to_f32());
     let mut values = view.to_f32();
     if let Some(noise) = noise {

@@ -98,7 +98,7 @@ pub struct Plan {
 pub struct PlannedTensor {
     /// Name on disk.
     pub name: String,
-    /// Type and shape.
+    /// Type and shape; never a type of blocks.
     #[serde(skip)]
     pub info: TensorInfo,
     /// Laid end to end they are the tensor's bytes.
@@ -490,7 +490,7 @@ pub fn composite(plan: Plan, sources: Sources, gates: Gates, fitted: Option<Arc<
     Composite::new(Arc::new(plan), Arc::new(sources), gates, fitted)
 }
 
-/// A composite that lies on disk, as a plan of copies. `None` for a dense model.
+/// A composite that lies on disk, as a plan of copies; what lies there in blocks is decoded. `None` for a dense model.
 pub fn opened(source: Source) -> Option<Composite> {
     let target = TARGETS.iter().find(|target| target.family.model_type == source.family.model_type)?;
     let place: BTreeMap<String, usize> = source
@@ -506,7 +506,8 @@ pub fn opened(source: Source) -> Option<Composite> {
     let tensors: Vec<PlannedTensor> = names
         .into_iter()
         .filter_map(|name| {
-            let info = source.weights.info(&name)?;
+            let mut info = source.weights.info(&name)?;
+            info.dtype = info.dtype.decoded();
             let part = Part::Tensor { source: 0, tensor: name.clone(), noise: None, scale: None, fold: None };
             Some(PlannedTensor { name, info, parts: vec![part] })
         })

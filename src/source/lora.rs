@@ -316,13 +316,13 @@ impl Change {
     }
 
     fn apply(&self, w: &View) -> Result<View, WeightsError> {
-        let info = &w.info;
+        let dtype = w.info.dtype.decoded();
         let values = match self {
-            Self::Replace(view) => return view.cast(info.dtype),
+            Self::Replace(view) => return view.cast(dtype),
             Self::Add { delta, scale } => w.to_f32().into_iter().zip(delta.to_f32()).map(|(w, v)| w + scale * v).collect(),
             Self::LowRank(low_rank) => low_rank.apply(w.to_f32()),
         };
-        View::from_f32(&values, info.dtype, info.shape.clone())
+        View::from_f32(&values, dtype, w.info.shape.clone())
     }
 }
 
@@ -376,7 +376,10 @@ impl Weights for Merged {
     }
 
     fn info(&self, name: &str) -> Option<TensorInfo> {
-        self.base.info(self.changes.get(name).map_or(name, |(of, _)| of))
+        match self.changes.get(name) {
+            Some((of, _)) => self.base.info(of).map(|info| TensorInfo { dtype: info.dtype.decoded(), ..info }),
+            None => self.base.info(name),
+        }
     }
 
     fn read(&self, name: &str) -> Result<View, WeightsError> {

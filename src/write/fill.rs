@@ -47,7 +47,7 @@ pub(super) fn jobs(composite: &Composite, number: usize, shard: &Shard) -> Vec<J
     let mut at = shard.header.len() as u64;
     for tensor in shard.tensors.clone() {
         let planned = &composite.plan.tensors[tensor];
-        let (all, size) = (composite.elements(tensor), planned.info.dtype.size());
+        let (all, size) = (composite.elements(tensor), planned.info.dtype.bytes(1));
         for part in 0..planned.parts.len() {
             let step = if composite.divisible(tensor, part) { JOB / size } else { all.max(1) };
             for start in (0..all).step_by(step) {
@@ -162,7 +162,7 @@ fn perform(
     };
     if let Some(extent) = composite.copied(job.tensor, job.part) {
         let source = extent.file.open()?;
-        let start = (job.elements.start * planned.info.dtype.size()) as u64;
+        let start = planned.info.dtype.bytes(job.elements.start) as u64;
         let shared = if sharing { share(extent, &source, start, file, job)? } else { 0..0 };
         for run in [0..shared.start, shared.clone(), shared.end..job.bytes] {
             for at in run.clone().step_by(BUFFER) {
@@ -271,6 +271,8 @@ fn finite(bytes: &[u8], dtype: Dtype) -> bool {
         Dtype::F32 => all(4, |b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) & 0x7f80_0000 != 0x7f80_0000),
         Dtype::F64 => all(8, |b| u16::from_le_bytes([b[6], b[7]]) & 0x7ff0 != 0x7ff0),
         Dtype::F8E4M3 => all(1, |b| b[0] & 0x7f != 0x7f),
+        // A plan has none of these.
+        Dtype::Q4_0 | Dtype::Q5_0 | Dtype::Q8_0 | Dtype::Q4K | Dtype::Q5K | Dtype::Q6K => true,
     }
 }
 

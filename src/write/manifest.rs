@@ -115,7 +115,7 @@ impl Manifest {
 
     /// Length of a tensor's bytes.
     pub(super) fn bytes(entry: &TensorEntry) -> Option<u64> {
-        entry.shape.iter().try_fold(Dtype::parse(&entry.dtype)?.size() as u64, |bytes, dim| bytes.checked_mul(*dim as u64))
+        entry.shape.iter().try_fold(Dtype::parse(&entry.dtype)?.bytes(1) as u64, |bytes, dim| bytes.checked_mul(*dim as u64))
     }
 }
 

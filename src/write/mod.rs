@@ -164,7 +164,7 @@ pub fn memory(plan: &Plan, sources: &Sources) -> u64 {
     let whole = parts.filter(|(_, part)| !part.divisible(sources)).map(|(tensor, _)| tensor.info.elements() / tensor.parts.len());
     let elements = whole.max().unwrap_or(0).max(fill::ELEMENTS) as u64;
     // The values, and twice the bytes: of the source, and of the output.
-    elements * (4 + 2 * plan.dtype.size() as u64) * rayon::current_num_threads() as u64
+    elements * (4 + 2 * plan.dtype.bytes(1) as u64) * rayon::current_num_threads() as u64
 }
 
 /// Whether a checkpoint can hold what the recipe asks for.

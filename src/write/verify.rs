@@ -102,7 +102,7 @@ fn check(composite: &Composite, t: usize, known: bool, entry: &TensorEntry, exte
         let show = |info: &TensorInfo| format!("{} {:?}", info.dtype, info.shape);
         return vec![format!("tensor `{name}` is {}, written was {}", show(&extent.info), show(&planned.info))];
     }
-    let size = planned.info.dtype.size();
+    let size = planned.info.dtype.bytes(1);
     let all = composite.elements(t);
     let mut crc = crc32fast::Hasher::new();
     let mut first: Option<String> = None;

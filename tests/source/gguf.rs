@@ -284,13 +284,14 @@ fn experts_with_tensors_of_their_own() {
 }
 
 #[test]
-fn quantised_tensors_are_decoded_and_floats_kept() {
+fn floats_and_known_blocks_are_kept_and_others_decoded() {
     for (dtype, tolerance, reported) in [
         (GgmlDType::F16, 1e-3, Dtype::F16),
         (GgmlDType::BF16, 0.0, Dtype::Bf16),
-        (GgmlDType::Q8_0, 0.002, Dtype::F32),
+        (GgmlDType::Q8_0, 0.002, Dtype::Q8_0),
+        (GgmlDType::Q5_0, 0.03, Dtype::Q5_0),
         (GgmlDType::Q5_1, 0.02, Dtype::F32),
-        (GgmlDType::Q4_0, 0.05, Dtype::F32),
+        (GgmlDType::Q4_0, 0.05, Dtype::Q4_0),
     ] {
         // Rows of F must be whole blocks of 32.
         let fixture = Fixture { dir: tempfile::tempdir().unwrap() };
@@ -305,7 +306,7 @@ fn quantised_tensors_are_decoded_and_floats_kept() {
         assert_same_values(&gguf, &hf, tolerance);
         assert_eq!(gguf.weights.info("model.layers.0.mlp.up_proj.weight").unwrap().dtype, reported);
         assert_eq!(gguf.weights.info("model.norm.weight").unwrap().dtype, Dtype::F32);
-        assert_eq!(gguf.config.dtype, Some(reported));
+        assert_eq!(gguf.config.dtype, Some(reported.decoded()));
     }
 }
 

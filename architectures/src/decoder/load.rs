@@ -53,7 +53,7 @@ impl Model<'_> {
                 Some(info) if info.shape != place.shape => {
                     return Err(WeightsError::Shape { tensor: place.name, expected: place.shape, found: info.shape });
                 }
-                Some(_) => {}
+                Some(info) => info.check(&place.name)?,
             }
         }
         Ok(())
@@ -171,7 +171,8 @@ impl Reader<'_> {
     /// A gate [rows, D]: its products are computed in f32.
     fn gate(&mut self, layer: usize, role: LayerRole, rows: usize) -> Result<Matrix, DecoderError> {
         let placement = Placement { weights: DType::F32, ..self.model.placement.clone() };
-        Matrix::new(&self.view(Role::Layer(layer, role), &[rows, self.model.config.hidden])?, &placement)
+        let view = self.view(Role::Layer(layer, role), &[rows, self.model.config.hidden])?;
+        Matrix::new(&view.cast(view.info.dtype.decoded())?, &placement)
     }
 
     pub fn norm(&mut self, role: Role, len: usize) -> Result<Norm, DecoderError> {
@@ -193,7 +194,7 @@ impl Reader<'_> {
         if place.shape == shape {
             return Ok(whole);
         }
-        let row = shape[1..].iter().product::<usize>() * whole.info.dtype.size();
+        let row = whole.info.dtype.bytes(shape[1..].iter().product());
         let data = whole.data.slice(place.rows.start * row..place.rows.end * row);
         let info = TensorInfo { dtype: whole.info.dtype, shape: shape.to_vec() };
         self.fused.insert(place.name, whole);

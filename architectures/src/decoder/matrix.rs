@@ -12,6 +12,7 @@ use rayon::prelude::*;
 
 use super::train;
 use crate::{
+    blocks,
     kernels::{
         Kernels,
         product::{self, Element, Job, Operation, Rows, Weights},
@@ -19,7 +20,7 @@ use crate::{
     weights::{Dtype, View, WeightsError},
 };
 
-/// Elements that are widened at a time, on the stack.
+/// Elements that are widened at a time, on the stack: whole blocks of any type.
 const CHUNK: usize = 1024;
 /// Elements of the matrix that are one task of a parallel loop.
 const TASK: usize = 1 << 16;
@@ -106,6 +107,7 @@ pub(super) struct Mapped {
 impl Mapped {
     fn new(view: &View, dtype: DType, kernels: Kernels) -> std::result::Result<Self, WeightsError> {
         let (target, element) = match (dtype, view.info.dtype) {
+            (_, own) if own.is_blocks() => (own, Element::Blocks(own)),
             (DType::BF16, _) | (DType::F32, Dtype::Bf16) => (Dtype::Bf16, Element::Bf16),
             (DType::F16, _) | (DType::F32, Dtype::F16) => (Dtype::F16, Element::F16),
             _ => (Dtype::F32, Element::F32),
@@ -127,12 +129,12 @@ impl Mapped {
     }
 
     fn row(&self, row: usize) -> &[u8] {
-        let bytes = self.inner * self.element.size();
+        let bytes = self.element.bytes(self.inner);
         &self.data[row * bytes..(row + 1) * bytes]
     }
 
     fn widen_row(&self, row: usize, out: &mut [f32]) {
-        for (bytes, out) in self.row(row).chunks(CHUNK * self.element.size()).zip(out.chunks_mut(CHUNK)) {
+        for (bytes, out) in self.row(row).chunks(self.element.bytes(CHUNK)).zip(out.chunks_mut(CHUNK)) {
             widen(self.element, bytes, out);
         }
     }
@@ -158,6 +160,7 @@ impl Mapped {
 /// At most [`CHUNK`] elements.
 fn widen(element: Element, bytes: &[u8], out: &mut [f32]) {
     match element {
+        Element::Blocks(dtype) => blocks::decode(dtype, bytes, out),
         Element::F32 => {
             for (bytes, out) in bytes.as_chunks::<4>().0.iter().zip(out) {
                 *out = f32::from_le_bytes(*bytes);

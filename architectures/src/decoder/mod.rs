@@ -250,8 +250,8 @@ impl Decoder {
     /// Reads every tensor of `family.tensors(config)` from `weights` (classic or fused layout) onto `device`, computing in `dtype`: f32, f16
     /// or bf16.
     ///
-    /// On the CPU, weights stay the bytes that `weights` gives where `dtype` holds them exactly, and activations are f32 for every `dtype`:
-    /// a CPU computes nothing faster in 16 bits.
+    /// On the CPU, weights stay the bytes that `weights` gives where `dtype` holds them exactly, and activations are f32 for every `dtype`;
+    /// but in bf16, on CPUs that multiply it, they are rounded to bf16 for products.
     pub fn load(
         family: &Family,
         config: &Config,
@@ -260,7 +260,8 @@ impl Decoder {
         device: &Device,
     ) -> std::result::Result<Self, DecoderError> {
         if device.is_cpu() {
-            return Self::load_with(family, config, weights, dtype, Kernels::best());
+            let kernels = if dtype == DType::BF16 { Kernels::fastest() } else { Kernels::best() };
+            return Self::load_with(family, config, weights, dtype, kernels);
         }
         let placement = Placement { device: device.clone(), weights: dtype, activations: dtype, mapped: None };
         Self::load_at(family, config, weights, &placement)
@@ -300,6 +301,14 @@ impl Decoder {
     /// The model's config.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// The CPU's kernels that it multiplies with; `None` where candle does.
+    pub fn kernels(&self) -> Option<Kernels> {
+        match &self.embedding {
+            Matrix::Mapped(weight) => Some(weight.kernels),
+            Matrix::Held(_) => None,
+        }
     }
 
     /// An empty cache for one sequence.

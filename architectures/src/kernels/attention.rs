@@ -139,7 +139,8 @@ impl Kernel for Tile<'_> {
         for block in (begin..end).step_by(KEYS) {
             let count = (end - block).min(KEYS);
             let (x, rows) = (self.q.as_ptr(), Rows::Listed(self.rows));
-            let product = Block { weights: keys, start: block, out: count, x, rows, row: 0, n, y: scores.as_mut_ptr(), stride: KEYS };
+            let product =
+                Block { weights: keys, start: block, out: count, x: x.cast(), rows, row: 0, n, y: scores.as_mut_ptr(), stride: KEYS };
             // SAFETY: `end` keys are in the cache, all rows are in q, and `scores` has room for n rows.
             unsafe { product.run::<S>() };
             for (row, (scores, state)) in scores.chunks_exact_mut(KEYS).zip(&mut states).enumerate() {

@@ -13,12 +13,15 @@
 #![allow(clippy::inline_always, reason = "what is not inlined is not compiled for the instructions of its caller")]
 
 pub(crate) mod attention;
+mod blocks;
 pub mod peak;
 pub(crate) mod product;
 mod simd;
 mod team;
 #[cfg(target_arch = "x86_64")]
 mod x86;
+#[cfg(target_arch = "x86_64")]
+mod x86_blocks;
 
 use self::simd::{Kernel, Plain};
 pub(crate) use self::team::{parallel, parallel_pieces};
@@ -28,6 +31,8 @@ pub(crate) use self::team::{parallel, parallel_pieces};
 pub enum Kernels {
     /// AVX-512 (F, BW, DQ, VL)
     Avx512,
+    /// the same, but what is multiplied with bf16 weights is rounded to bf16, as other engines do: twice as many products a second
+    Avx512Bf16,
     /// AVX2 with FMA and F16C
     Avx2,
     /// what every CPU of the architecture has; on ARM that includes NEON
@@ -35,12 +40,22 @@ pub enum Kernels {
 }
 
 impl Kernels {
-    /// The fastest that this CPU has.
+    /// The fastest that multiply in f32.
     pub fn best() -> Self {
         Self::available()[0]
     }
 
-    /// All that this CPU has, the fastest first.
+    /// The fastest, among them those that round activations to the type of the weights: for serving, where speed counts more than the
+    /// last digits.
+    pub fn fastest() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if x86::has_avx512_bf16() {
+            return Self::Avx512Bf16;
+        }
+        Self::best()
+    }
+
+    /// All that this CPU has; of those that multiply in f32 the fastest first.
     pub fn available() -> Vec<Self> {
         let mut available = Vec::new();
         #[cfg(target_arch = "x86_64")]
@@ -53,6 +68,10 @@ impl Kernels {
             }
         }
         available.push(Self::Plain);
+        #[cfg(target_arch = "x86_64")]
+        if x86::has_avx512_bf16() {
+            available.push(Self::Avx512Bf16);
+        }
         available
     }
 
@@ -63,6 +82,9 @@ impl Kernels {
             // SAFETY: the CPU has the instructions that the function is compiled for.
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 if x86::has_avx512() => unsafe { x86::run_avx512(kernel) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 if x86::has_avx512_bf16() => unsafe { x86::run_avx512_bf16(kernel) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 if x86::has_avx2() => unsafe { x86::run_avx2(kernel) },

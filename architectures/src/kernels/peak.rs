@@ -4,7 +4,7 @@ use std::{hint::black_box, time::Instant};
 
 use super::{
     Kernels, parallel,
-    simd::{Kernel, Simd},
+    simd::{Kernel, Multiply, Simd},
 };
 
 /// Bytes that are read; more than caches hold.
@@ -21,11 +21,11 @@ pub fn read_bandwidth(kernels: Kernels) -> f64 {
     (0..TRIES).map(|_| BYTES as f64 / seconds(read)).fold(0.0, f64::max)
 }
 
-/// Floating-point operations per second of all threads together that multiply and add in registers.
+/// Floating-point operations per second of all threads together that multiply bf16 weights and add, all in registers.
 pub fn products(kernels: Kernels) -> f64 {
     const TASKS: usize = 256;
-    let multiply = || parallel(TASKS, |_| _ = black_box(kernels.run(Multiply)));
-    let operations = kernels.run(Multiply).1 * TASKS;
+    let multiply = || parallel(TASKS, |_| _ = black_box(kernels.run(InRegisters)));
+    let operations = kernels.run(InRegisters).1 * TASKS;
     (0..TRIES).map(|_| operations as f64 / seconds(multiply)).fold(0.0, f64::max)
 }
 
@@ -58,29 +58,30 @@ impl Kernel for Read<'_> {
 }
 
 /// Returns something that depends on everything, and the number of operations.
-struct Multiply;
+struct InRegisters;
 
-impl Kernel for Multiply {
+impl Kernel for InRegisters {
     type Output = (f32, usize);
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) -> (f32, usize) {
         const SUMS: usize = 12;
         const TURNS: usize = 20_000;
-        // SAFETY: no pointers.
+        // SAFETY: zeros in bf16 and in f32 are zero bytes, and there are more than any vector holds.
         unsafe {
-            let (a, b) = (S::splat(black_box(0.999)), S::splat(black_box(1e-3)));
+            let zeros = black_box([0u8; 256]);
+            let (w, x) = (S::Bf16::load(zeros.as_ptr()), S::Bf16::load_x(zeros.as_ptr().cast()));
             let mut sums = [S::splat(1.0); SUMS];
             for _ in 0..TURNS {
                 for sum in &mut sums {
-                    *sum = S::mul_add(*sum, a, b);
+                    *sum = S::Bf16::mul_add(w, x, *sum);
                 }
             }
             let mut total = 0.0;
             for four in sums.as_chunks::<4>().0 {
                 total += S::sums(*four).iter().sum::<f32>();
             }
-            (total, 2 * S::LANES * SUMS * TURNS)
+            (total, 2 * S::Bf16::LANES * SUMS * TURNS)
         }
     }
 }

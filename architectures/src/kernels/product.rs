@@ -7,11 +7,15 @@
 //! All products of a step that do not need each other ([`Job`]) are one parallel loop: q, k and v; the gate and up projections of all chosen
 //! experts; their down projections.
 
+use half::bf16;
+
 use super::{
-    Kernels, parallel,
-    simd::{Bf16, F16, F32, Kernel, Simd, Stored, exp},
+    Kernels,
+    blocks::{self, Eight},
+    parallel,
+    simd::{F16, F32, Kernel, Multiply, Simd, exp},
 };
-use crate::config::Activation;
+use crate::{config::Activation, weights::Dtype};
 
 /// Inner elements that are summed in lanes before the lanes are added up: a tile's rows of x fit the first-level cache. Part of the order of
 /// every sum, so the same for any number of rows.
@@ -31,13 +35,17 @@ pub(crate) enum Element {
     F32,
     Bf16,
     F16,
+    /// of ggml's: one of [`Dtype`]'s types of blocks
+    Blocks(Dtype),
 }
 
 impl Element {
-    pub const fn size(self) -> usize {
+    /// Bytes of so many elements of a row.
+    pub const fn bytes(self, elements: usize) -> usize {
         match self {
-            Self::F32 => 4,
-            Self::Bf16 | Self::F16 => 2,
+            Self::F32 => 4 * elements,
+            Self::Bf16 | Self::F16 => 2 * elements,
+            Self::Blocks(dtype) => dtype.bytes(elements),
         }
     }
 }
@@ -54,18 +62,23 @@ pub(crate) struct Weights<'a> {
 }
 
 impl<'a> Weights<'a> {
-    /// `None` if `data` is not `rows` times `inner` elements, or there are none.
+    /// `None` if `data` is not `rows` times `inner` elements, there are none, or a row is no whole number of blocks.
     pub fn new(data: &'a [u8], element: Element, rows: usize, inner: usize) -> Option<Self> {
-        let bytes = rows.checked_mul(inner)?.checked_mul(element.size())?;
-        (data.len() == bytes && bytes > 0).then_some(Self { data, element, rows, inner })
+        let whole = if let Element::Blocks(dtype) = element { inner.is_multiple_of(dtype.block().0) } else { true };
+        let bytes = rows.checked_mul(element.bytes(inner))?;
+        (whole && data.len() == bytes && bytes > 0).then_some(Self { data, element, rows, inner })
+    }
+
+    pub fn data(&self) -> &'a [u8] {
+        self.data
     }
 
     pub fn inner(&self) -> usize {
         self.inner
     }
 
-    fn row_bytes(&self) -> usize {
-        self.inner * self.element.size()
+    pub fn row_bytes(&self) -> usize {
+        self.element.bytes(self.inner)
     }
 }
 
@@ -107,7 +120,8 @@ pub(crate) struct Job<'a> {
 /// A job's part of the loop: its place in the list of tasks and the raw form of its output, of which each task writes another part.
 struct Part<'a> {
     operation: Operation<'a>,
-    x: &'a [f32],
+    /// of the type that the weights are multiplied with
+    x: *const (),
     rows: Rows<'a>,
     y: *mut f32,
     n: usize,
@@ -119,8 +133,74 @@ struct Part<'a> {
     first: usize,
 }
 
-// SAFETY: `y` is a job's exclusive slice, of which tasks write disjoint parts.
+// SAFETY: `x` is only read; `y` is a job's exclusive slice, of which tasks write disjoint parts.
 unsafe impl Sync for Part<'_> {}
+
+/// The x of some jobs as they are multiplied, where that is not f32. Jobs share their x: q, k and v, the experts of a layer.
+#[derive(Default)]
+struct Prepared(Vec<(*const f32, usize, Form)>);
+
+/// Rows of x in another form.
+enum Form {
+    Bf16(Vec<bf16>),
+    Eight(Box<Eight>),
+}
+
+impl Prepared {
+    fn of(kernels: Kernels, jobs: &[Job<'_>]) -> Self {
+        let mut prepared = Self::default();
+        for job in jobs {
+            let weights = job.operation.weights();
+            let form = match weights.element {
+                _ if prepared.get(job).is_some() => continue,
+                Element::Bf16 if kernels == Kernels::Avx512Bf16 => Form::Bf16(kernels.run(Round(job.x))),
+                Element::Blocks(_) => Form::Eight(Box::new(kernels.run(Quantise(job.x, weights.inner)))),
+                Element::F32 | Element::F16 | Element::Bf16 => continue,
+            };
+            prepared.0.push((job.x.as_ptr(), job.x.len(), form));
+        }
+        prepared
+    }
+
+    /// The job's x in the form that its weights call for, if there is one.
+    fn get(&self, job: &Job<'_>) -> Option<*const ()> {
+        let same = self.0.iter().filter(|(start, len, _)| *start == job.x.as_ptr() && *len == job.x.len());
+        let mut pointers = same.filter_map(|(_, _, form)| match (form, job.operation.weights().element) {
+            (Form::Bf16(rows), Element::Bf16) => Some(rows.as_ptr().cast()),
+            (Form::Eight(rows), Element::Blocks(_)) => Some((&raw const **rows).cast()),
+            _ => None,
+        });
+        pointers.next()
+    }
+}
+
+/// Rows of so many elements in eight bits.
+struct Quantise<'a>(&'a [f32], usize);
+
+impl Kernel for Quantise<'_> {
+    type Output = Eight;
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) -> Eight {
+        Eight::of(self.0, self.1)
+    }
+}
+
+/// To the nearest, ties to even.
+struct Round<'a>(&'a [f32]);
+
+impl Kernel for Round<'_> {
+    type Output = Vec<bf16>;
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) -> Vec<bf16> {
+        let mut rounded = vec![bf16::ZERO; self.0.len()];
+        for (rounded, x) in rounded.iter_mut().zip(self.0) {
+            *rounded = bf16::from_f32(*x);
+        }
+        rounded
+    }
+}
 
 /// Does all jobs in one parallel loop.
 ///
@@ -128,6 +208,7 @@ unsafe impl Sync for Part<'_> {}
 /// If a job's slices are not of the shapes that its operation asks for, or a listed row is not in x.
 pub(crate) fn run(kernels: Kernels, jobs: Vec<Job<'_>>) {
     let mut tasks = 0;
+    let prepared = Prepared::of(kernels, &jobs);
     let parts: Vec<Part<'_>> = jobs
         .into_iter()
         .map(|job| {
@@ -144,11 +225,13 @@ pub(crate) fn run(kernels: Kernels, jobs: Vec<Job<'_>>) {
             if let Operation::Gated([(gate, _), (up, _)], _) = job.operation {
                 assert_eq!((gate.rows, gate.inner), (up.rows, up.inner), "gate and up of different shapes");
             }
-            let block = (TASK / weights.row_bytes()).max(TILE).next_multiple_of(TILE);
+            let multiple = if let Element::Blocks(_) = weights.element { 2 * blocks::LANES } else { TILE };
+            let block = (TASK / weights.row_bytes()).max(1).next_multiple_of(multiple);
             let across = n.div_ceil(ROWS);
             let first = tasks;
             tasks += weights.rows.div_ceil(block) * across;
-            Part { operation: job.operation, x: job.x, rows: job.rows, y: job.y.as_mut_ptr(), n, block, across, first }
+            let x = prepared.get(&job).unwrap_or(job.x.as_ptr().cast());
+            Part { operation: job.operation, x, rows: job.rows, y: job.y.as_mut_ptr(), n, block, across, first }
         })
         .collect();
     parallel(tasks, |task| {
@@ -166,8 +249,12 @@ impl Part<'_> {
         let (n, out) = ((self.n - row).min(ROWS), (weights.rows - start).min(self.block));
         let block = |weights: Weights<'_>, y: *mut f32, stride: usize| {
             // SAFETY: the shapes have been checked by `run`; `y` has room for n rows of `out`, `stride` apart, and nobody else writes there.
-            let block = Block { weights, start, out, x: self.x.as_ptr(), rows: self.rows, row, n, y, stride };
-            kernels.run(block);
+            let block = Block { weights, start, out, x: self.x, rows: self.rows, row, n, y, stride };
+            match weights.element {
+                // SAFETY: as above.
+                Element::Blocks(dtype) => unsafe { blocks::multiply(kernels, &block, dtype) },
+                _ => kernels.run(block),
+            }
         };
         // SAFETY: within the job's y [N, out], and no other task's part of it.
         let y = unsafe { self.y.add(row * weights.rows + start) };
@@ -239,7 +326,8 @@ pub(super) struct Block<'a> {
     pub weights: Weights<'a>,
     pub start: usize,
     pub out: usize,
-    pub x: *const f32,
+    /// of the type that the weights are multiplied with
+    pub x: *const (),
     pub rows: Rows<'a>,
     pub row: usize,
     pub n: usize,
@@ -256,15 +344,17 @@ impl Kernel for Block<'_> {
         unsafe {
             match self.weights.element {
                 Element::F32 => block::<S, F32>(&self),
-                Element::Bf16 => block::<S, Bf16>(&self),
+                Element::Bf16 => block::<S, S::Bf16>(&self),
                 Element::F16 => block::<S, F16>(&self),
+                // Not multiplied in floats: see `blocks`.
+                Element::Blocks(_) => {}
             }
         }
     }
 }
 
 #[inline(always)]
-unsafe fn block<S: Simd, E: Stored>(b: &Block<'_>) {
+unsafe fn block<S: Simd, M: Multiply<S>>(b: &Block<'_>) {
     let tiles = b.n.div_ceil(S::ROWS).max(1);
     let rows = b.n.div_ceil(tiles);
     let groups = b.out.div_ceil(TILE);
@@ -275,7 +365,7 @@ unsafe fn block<S: Simd, E: Stored>(b: &Block<'_>) {
             for group in 0..groups {
                 let mut at = 0;
                 while at < b.weights.inner {
-                    tiles_of::<S, E>(b, group..group + 1, at, 0, rows);
+                    tiles_of::<S, M>(b, group..group + 1, at, 0, rows);
                     at += CHUNK;
                 }
             }
@@ -284,7 +374,7 @@ unsafe fn block<S: Simd, E: Stored>(b: &Block<'_>) {
             while at < b.weights.inner {
                 let mut row = 0;
                 while row < b.n {
-                    tiles_of::<S, E>(b, 0..groups, at, row, (b.n - row).min(rows));
+                    tiles_of::<S, M>(b, 0..groups, at, row, (b.n - row).min(rows));
                     row += rows;
                 }
                 at += CHUNK;
@@ -294,16 +384,16 @@ unsafe fn block<S: Simd, E: Stored>(b: &Block<'_>) {
 }
 
 #[inline(always)]
-unsafe fn tiles_of<S: Simd, E: Stored>(b: &Block<'_>, groups: std::ops::Range<usize>, at: usize, row: usize, rows: usize) {
+unsafe fn tiles_of<S: Simd, M: Multiply<S>>(b: &Block<'_>, groups: std::ops::Range<usize>, at: usize, row: usize, rows: usize) {
     // SAFETY: the caller's.
     unsafe {
         match rows {
-            6 => tiles::<S, E, 6>(b, groups, at, row),
-            5 => tiles::<S, E, 5>(b, groups, at, row),
-            4 => tiles::<S, E, 4>(b, groups, at, row),
-            3 => tiles::<S, E, 3>(b, groups, at, row),
-            2 => tiles::<S, E, 2>(b, groups, at, row),
-            _ => tiles::<S, E, 1>(b, groups, at, row),
+            6 => tiles::<S, M, 6>(b, groups, at, row),
+            5 => tiles::<S, M, 5>(b, groups, at, row),
+            4 => tiles::<S, M, 4>(b, groups, at, row),
+            3 => tiles::<S, M, 3>(b, groups, at, row),
+            2 => tiles::<S, M, 2>(b, groups, at, row),
+            _ => tiles::<S, M, 1>(b, groups, at, row),
         }
     }
 }
@@ -312,16 +402,16 @@ unsafe fn tiles_of<S: Simd, E: Stored>(b: &Block<'_>, groups: std::ops::Range<us
 ///
 /// The rows of a group lie a quarter of the block apart: each of the four then is a long stream through memory, which CPUs foresee.
 #[inline(always)]
-unsafe fn tiles<S: Simd, E: Stored, const N: usize>(b: &Block<'_>, groups: std::ops::Range<usize>, at: usize, row: usize) {
+unsafe fn tiles<S: Simd, M: Multiply<S>, const N: usize>(b: &Block<'_>, groups: std::ops::Range<usize>, at: usize, row: usize) {
     let inner = b.weights.inner;
     let len = (inner - at).min(CHUNK);
-    let x: [*const f32; N] = std::array::from_fn(|i| {
+    let x: [*const M::X; N] = std::array::from_fn(|i| {
         let row = match b.rows {
             Rows::All => b.row + row + i,
             Rows::Listed(rows) => rows[b.row + row + i] as usize,
         };
         // SAFETY: the row is in x.
-        unsafe { b.x.add(row * inner + at) }
+        unsafe { b.x.cast::<M::X>().add(row * inner + at) }
     });
     let row_bytes = b.weights.row_bytes();
     let stride = b.out.div_ceil(TILE);
@@ -331,10 +421,10 @@ unsafe fn tiles<S: Simd, E: Stored, const N: usize>(b: &Block<'_>, groups: std::
         let w: [*const u8; TILE] = std::array::from_fn(|i| {
             let weights = &b.weights.data[(b.start + place[i]) * row_bytes..];
             // SAFETY: `at` is within the row.
-            unsafe { weights.as_ptr().add(at * E::SIZE) }
+            unsafe { weights.as_ptr().add(at * M::SIZE) }
         });
         // SAFETY: `len` elements are left in each row.
-        let sums = unsafe { tile::<S, E, N>(w, x, len) };
+        let sums = unsafe { tile::<S, M, N>(w, x, len) };
         let valid = (b.out - group).div_ceil(stride);
         for (i, sums) in sums.iter().enumerate() {
             for (place, sum) in place.iter().zip(sums).take(valid) {
@@ -348,29 +438,29 @@ unsafe fn tiles<S: Simd, E: Stored, const N: usize>(b: &Block<'_>, groups: std::
 
 /// The sums of products of `len` elements of each row of x with each of four rows of weights.
 #[inline(always)]
-unsafe fn tile<S: Simd, E: Stored, const N: usize>(w: [*const u8; TILE], x: [*const f32; N], len: usize) -> [[f32; TILE]; N] {
+unsafe fn tile<S: Simd, M: Multiply<S>, const N: usize>(w: [*const u8; TILE], x: [*const M::X; N], len: usize) -> [[f32; TILE]; N] {
     // SAFETY: the caller's.
     unsafe {
         let mut lanes = [[S::splat(0.0); TILE]; N];
-        let whole = len - len % S::LANES;
+        let whole = len - len % M::LANES;
         let mut at = 0;
         while at < whole {
-            let weights: [S::Vector; TILE] = [
-                E::load::<S>(w[0].add(at * E::SIZE)),
-                E::load::<S>(w[1].add(at * E::SIZE)),
-                E::load::<S>(w[2].add(at * E::SIZE)),
-                E::load::<S>(w[3].add(at * E::SIZE)),
+            let weights: [M::Vector; TILE] = [
+                M::load(w[0].add(at * M::SIZE)),
+                M::load(w[1].add(at * M::SIZE)),
+                M::load(w[2].add(at * M::SIZE)),
+                M::load(w[3].add(at * M::SIZE)),
             ];
             for w in w {
-                S::prefetch(w.wrapping_add(at * E::SIZE + AHEAD));
+                S::prefetch(w.wrapping_add(at * M::SIZE + AHEAD));
             }
             for (x, lanes) in x.iter().zip(&mut lanes) {
-                let x = S::load(x.add(at));
+                let x = M::load_x(x.add(at));
                 for (weight, lanes) in weights.iter().zip(lanes) {
-                    *lanes = S::mul_add(*weight, x, *lanes);
+                    *lanes = M::mul_add(*weight, x, *lanes);
                 }
             }
-            at += S::LANES;
+            at += M::LANES;
         }
         let mut sums = [[0.0; TILE]; N];
         for (sums, lanes) in sums.iter_mut().zip(lanes) {
@@ -379,7 +469,7 @@ unsafe fn tile<S: Simd, E: Stored, const N: usize>(w: [*const u8; TILE], x: [*co
         for at in whole..len {
             for (x, sums) in x.iter().zip(&mut sums) {
                 for (w, sum) in w.iter().zip(sums) {
-                    *sum += E::one(w.add(at * E::SIZE)) * *x.add(at);
+                    *sum += M::one(w.add(at * M::SIZE)) * (*x.add(at)).into();
                 }
             }
         }
@@ -406,6 +496,7 @@ mod tests {
                 Element::F32 => bytes.extend(value.to_le_bytes()),
                 Element::Bf16 => bytes.extend(bf16::from_f32(*value).to_le_bytes()),
                 Element::F16 => bytes.extend(f16::from_f32(*value).to_le_bytes()),
+                Element::Blocks(_) => unreachable!("tested in `blocks`"),
             }
         }
         bytes

@@ -17,6 +17,8 @@ pub(super) trait Kernel {
 /// read or write [`Simd::LANES`] elements there, at any alignment.
 pub(super) trait Simd: Copy + 'static {
     type Vector: Copy;
+    /// How it multiplies weights that are bf16.
+    type Bf16: Multiply<Self>;
 
     const LANES: usize;
     /// Rows of activations that a tile of a product holds beside four rows of weights, at most six: as many sums as there are registers for.
@@ -36,16 +38,34 @@ pub(super) trait Simd: Copy + 'static {
     unsafe fn prefetch(from: *const u8);
 }
 
-/// An element type of stored weights.
-pub(super) trait Stored: Copy + 'static {
+/// How stored weights are multiplied with elements of x.
+pub(super) trait Multiply<S: Simd>: Copy + 'static {
+    /// x as it is multiplied
+    type X: Copy + Into<f32>;
+    /// [`Self::LANES`] weights, or as many elements of x
+    type Vector: Copy;
+
+    /// Bytes of a stored weight.
     const SIZE: usize;
+    /// Weights that are multiplied at once.
+    const LANES: usize;
 
     /// # Safety
-    /// [`Simd::LANES`] elements lie at `from`, and the CPU has the instructions.
-    unsafe fn load<S: Simd>(from: *const u8) -> S::Vector;
+    /// [`Self::LANES`] weights lie at `from`, and the CPU has the instructions.
+    unsafe fn load(from: *const u8) -> Self::Vector;
 
     /// # Safety
-    /// An element lies at `from`.
+    /// [`Self::LANES`] elements lie at `from`, and the CPU has the instructions.
+    unsafe fn load_x(from: *const Self::X) -> Self::Vector;
+
+    /// w x + c, in a fixed order of the sums that share a lane
+    ///
+    /// # Safety
+    /// The CPU has the instructions.
+    unsafe fn mul_add(w: Self::Vector, x: Self::Vector, c: S::Vector) -> S::Vector;
+
+    /// # Safety
+    /// A weight lies at `from`.
     unsafe fn one(from: *const u8) -> f32;
 }
 
@@ -56,48 +76,43 @@ pub(super) struct Bf16;
 #[derive(Clone, Copy)]
 pub(super) struct F16;
 
-// SAFETY of the reads below: callers give addresses of whole elements, and every read is unaligned.
-impl Stored for F32 {
-    const SIZE: usize = 4;
+/// Products of weights that become f32 lanes as they are loaded.
+macro_rules! widened {
+    ($type:ident, $size:literal, |$from:ident| $load:expr, $one:expr) => {
+        // SAFETY: callers give addresses of whole elements, and every read is unaligned.
+        impl<S: Simd> Multiply<S> for $type {
+            type X = f32;
+            type Vector = S::Vector;
 
-    #[inline(always)]
-    unsafe fn load<S: Simd>(from: *const u8) -> S::Vector {
-        unsafe { S::load(from.cast()) }
-    }
+            const SIZE: usize = $size;
+            const LANES: usize = S::LANES;
 
-    #[inline(always)]
-    unsafe fn one(from: *const u8) -> f32 {
-        unsafe { from.cast::<f32>().read_unaligned() }
-    }
+            #[inline(always)]
+            unsafe fn load($from: *const u8) -> S::Vector {
+                unsafe { $load }
+            }
+
+            #[inline(always)]
+            unsafe fn load_x(from: *const f32) -> S::Vector {
+                unsafe { S::load(from) }
+            }
+
+            #[inline(always)]
+            unsafe fn mul_add(w: S::Vector, x: S::Vector, c: S::Vector) -> S::Vector {
+                unsafe { S::mul_add(w, x, c) }
+            }
+
+            #[inline(always)]
+            unsafe fn one($from: *const u8) -> f32 {
+                unsafe { $one }
+            }
+        }
+    };
 }
 
-impl Stored for Bf16 {
-    const SIZE: usize = 2;
-
-    #[inline(always)]
-    unsafe fn load<S: Simd>(from: *const u8) -> S::Vector {
-        unsafe { S::load_bf16(from) }
-    }
-
-    #[inline(always)]
-    unsafe fn one(from: *const u8) -> f32 {
-        f32::from_bits(u32::from(unsafe { from.cast::<u16>().read_unaligned() }) << 16)
-    }
-}
-
-impl Stored for F16 {
-    const SIZE: usize = 2;
-
-    #[inline(always)]
-    unsafe fn load<S: Simd>(from: *const u8) -> S::Vector {
-        unsafe { S::load_f16(from) }
-    }
-
-    #[inline(always)]
-    unsafe fn one(from: *const u8) -> f32 {
-        f16::from_bits(unsafe { from.cast::<u16>().read_unaligned() }).to_f32()
-    }
-}
+widened!(F32, 4, |from| S::load(from.cast()), from.cast::<f32>().read_unaligned());
+widened!(Bf16, 2, |from| S::load_bf16(from), half::bf16::from_bits(from.cast::<u16>().read_unaligned()).to_f32());
+widened!(F16, 2, |from| S::load_f16(from), f16::from_bits(from.cast::<u16>().read_unaligned()).to_f32());
 
 /// Arrays, which the compiler puts into whatever vectors every CPU of the architecture has, given loops without closures.
 #[derive(Clone, Copy)]
@@ -107,6 +122,7 @@ const PLAIN: usize = 8;
 
 impl Simd for Plain {
     type Vector = [f32; PLAIN];
+    type Bf16 = Bf16;
 
     const LANES: usize = PLAIN;
     const ROWS: usize = if cfg!(target_arch = "aarch64") { 3 } else { 1 };

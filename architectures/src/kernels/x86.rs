@@ -2,7 +2,9 @@
 
 use std::arch::x86_64 as arch;
 
-use super::simd::{Kernel, Simd};
+use half::bf16;
+
+use super::simd::{Bf16, Kernel, Multiply, Simd};
 
 pub(super) fn has_avx512() -> bool {
     is_x86_feature_detected!("avx512f")
@@ -10,6 +12,10 @@ pub(super) fn has_avx512() -> bool {
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vl")
         && has_avx2()
+}
+
+pub(super) fn has_avx512_bf16() -> bool {
+    has_avx512() && is_x86_feature_detected!("avx512bf16")
 }
 
 pub(super) fn has_avx2() -> bool {
@@ -25,6 +31,14 @@ pub(super) unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
 }
 
 /// # Safety
+/// [`has_avx512_bf16`]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+pub(super) unsafe fn run_avx512_bf16<K: Kernel>(kernel: K) -> K::Output {
+    // SAFETY: the caller's promise.
+    unsafe { kernel.run::<Avx512Bf16>() }
+}
+
+/// # Safety
 /// [`has_avx2`]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
@@ -34,65 +48,115 @@ pub(super) unsafe fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
 
 // SAFETY of everything below: callers promise the instructions and that what pointers point to is there; all accesses are unaligned.
 
+/// Products of two bf16 each are added to a lane by one instruction; x is rounded to bf16 for it.
 #[derive(Clone, Copy)]
-pub(super) struct Avx512;
+pub(super) struct Pairs;
 
-impl Simd for Avx512 {
-    type Vector = arch::__m512;
+impl Multiply<Avx512Bf16> for Pairs {
+    type X = bf16;
+    type Vector = arch::__m512i;
 
-    const LANES: usize = 16;
-    const ROWS: usize = 6;
+    const SIZE: usize = 2;
+    const LANES: usize = 32;
 
     #[inline(always)]
-    unsafe fn splat(x: f32) -> Self::Vector {
-        unsafe { arch::_mm512_set1_ps(x) }
+    unsafe fn load(from: *const u8) -> Self::Vector {
+        unsafe { arch::_mm512_loadu_si512(from.cast()) }
     }
 
     #[inline(always)]
-    unsafe fn load(from: *const f32) -> Self::Vector {
-        unsafe { arch::_mm512_loadu_ps(from) }
+    unsafe fn load_x(from: *const bf16) -> Self::Vector {
+        unsafe { arch::_mm512_loadu_si512(from.cast()) }
     }
 
     #[inline(always)]
-    unsafe fn load_bf16(from: *const u8) -> Self::Vector {
+    unsafe fn mul_add(w: Self::Vector, x: Self::Vector, c: arch::__m512) -> arch::__m512 {
         unsafe {
-            arch::_mm512_castsi512_ps(arch::_mm512_slli_epi32::<16>(arch::_mm512_cvtepu16_epi32(arch::_mm256_loadu_si256(from.cast()))))
+            arch::_mm512_dpbf16_ps(
+                c,
+                std::mem::transmute::<Self::Vector, arch::__m512bh>(w),
+                std::mem::transmute::<Self::Vector, arch::__m512bh>(x),
+            )
         }
     }
 
     #[inline(always)]
-    unsafe fn load_f16(from: *const u8) -> Self::Vector {
-        unsafe { arch::_mm512_cvtph_ps(arch::_mm256_loadu_si256(from.cast())) }
-    }
-
-    #[inline(always)]
-    unsafe fn store(to: *mut f32, x: Self::Vector) {
-        unsafe { arch::_mm512_storeu_ps(to, x) };
-    }
-
-    #[inline(always)]
-    unsafe fn max(a: Self::Vector, b: Self::Vector) -> Self::Vector {
-        unsafe { arch::_mm512_max_ps(a, b) }
-    }
-
-    #[inline(always)]
-    unsafe fn mul_add(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector {
-        unsafe { arch::_mm512_fmadd_ps(a, b, c) }
-    }
-
-    #[inline(always)]
-    unsafe fn sums(x: [Self::Vector; 4]) -> [f32; 4] {
-        unsafe {
-            // Without a closure: one is not compiled for the instructions of its caller.
-            sums_of_halves([half_sums(x[0]), half_sums(x[1]), half_sums(x[2]), half_sums(x[3])])
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn prefetch(from: *const u8) {
-        unsafe { arch::_mm_prefetch::<{ arch::_MM_HINT_NTA }>(from.cast()) };
+    unsafe fn one(from: *const u8) -> f32 {
+        unsafe { <Bf16 as Multiply<Avx512>>::one(from) }
     }
 }
+
+#[derive(Clone, Copy)]
+pub(super) struct Avx512;
+#[derive(Clone, Copy)]
+pub(super) struct Avx512Bf16;
+
+macro_rules! avx512 {
+    ($type:ident, $bf16:ident) => {
+        impl Simd for $type {
+            type Vector = arch::__m512;
+            type Bf16 = $bf16;
+
+            const LANES: usize = 16;
+            const ROWS: usize = 6;
+
+            #[inline(always)]
+            unsafe fn splat(x: f32) -> Self::Vector {
+                unsafe { arch::_mm512_set1_ps(x) }
+            }
+
+            #[inline(always)]
+            unsafe fn load(from: *const f32) -> Self::Vector {
+                unsafe { arch::_mm512_loadu_ps(from) }
+            }
+
+            #[inline(always)]
+            unsafe fn load_bf16(from: *const u8) -> Self::Vector {
+                unsafe {
+                    arch::_mm512_castsi512_ps(arch::_mm512_slli_epi32::<16>(arch::_mm512_cvtepu16_epi32(arch::_mm256_loadu_si256(
+                        from.cast(),
+                    ))))
+                }
+            }
+
+            #[inline(always)]
+            unsafe fn load_f16(from: *const u8) -> Self::Vector {
+                unsafe { arch::_mm512_cvtph_ps(arch::_mm256_loadu_si256(from.cast())) }
+            }
+
+            #[inline(always)]
+            unsafe fn store(to: *mut f32, x: Self::Vector) {
+                unsafe { arch::_mm512_storeu_ps(to, x) };
+            }
+
+            #[inline(always)]
+            unsafe fn max(a: Self::Vector, b: Self::Vector) -> Self::Vector {
+                unsafe { arch::_mm512_max_ps(a, b) }
+            }
+
+            #[inline(always)]
+            unsafe fn mul_add(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector {
+                unsafe { arch::_mm512_fmadd_ps(a, b, c) }
+            }
+
+            #[inline(always)]
+            unsafe fn sums(x: [Self::Vector; 4]) -> [f32; 4] {
+                unsafe {
+                    // Without a closure: one is not compiled for the instructions of its caller.
+                    sums_of_halves([half_sums(x[0]), half_sums(x[1]), half_sums(x[2]), half_sums(x[3])])
+                }
+            }
+
+            #[inline(always)]
+            unsafe fn prefetch(from: *const u8) {
+                unsafe { arch::_mm_prefetch::<{ arch::_MM_HINT_NTA }>(from.cast()) };
+            }
+        }
+    };
+}
+
+avx512!(Avx512, Bf16);
+avx512!(Avx512Bf16, Pairs);
 
 /// Lane i plus lane i + 8.
 #[inline(always)]
@@ -115,6 +179,7 @@ pub(super) struct Avx2;
 
 impl Simd for Avx2 {
     type Vector = arch::__m256;
+    type Bf16 = Bf16;
 
     const LANES: usize = 8;
     const ROWS: usize = 2;

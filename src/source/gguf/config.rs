@@ -65,7 +65,7 @@ pub(super) fn make(gguf: &Gguf) -> Result<Value> {
         "vocab_size": embedding.shape.first(),
         "tie_word_embeddings": !has("output.weight"),
         "attention_bias": has("blk.0.attn_q.bias") && model_type != "qwen2",
-        "torch_dtype": super::tensors::dtype(embedding).map_or("float32", upcycle_architectures::Dtype::torch_name),
+        "torch_dtype": super::tensors::dtype(embedding).map_or("float32", |dtype| dtype.decoded().torch_name()),
         "use_cache": true,
     });
     if let Some(dimensions) = optional("rope.dimension_count")?.filter(|dimensions| *dimensions != head_dim) {

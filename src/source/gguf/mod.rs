@@ -1,6 +1,7 @@
 //! GGUF files as models: metadata becomes `config.json` and a tokenizer, tensors get their Hugging Face names.
 //!
-//! Everything that is stored as floats is a slice of the map; quantised tensors are decoded to f32 when they are read.
+//! Floats and the blocks that [`Dtype`](upcycle_architectures::Dtype) knows are slices of the map; tensors of ggml's other types are decoded
+//! to f32 when they are read.
 
 mod config;
 mod read;

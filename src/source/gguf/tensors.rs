@@ -120,11 +120,17 @@ fn names(role: Role) -> Vec<String> {
     names.into_iter().map(|name| format!("blk.{layer}.{name}")).collect()
 }
 
-/// The type in which a tensor is handed out: its own if it is a float type, else f32. `None` if it is not read.
+/// The type in which a tensor is handed out: its own if [`Dtype`] has it, else f32. `None` if it is not read.
 pub(super) fn dtype(stored: &Stored) -> Option<Dtype> {
     stored.dtype.as_ref().ok().map(|dtype| match dtype {
         GgmlDType::F16 => Dtype::F16,
         GgmlDType::BF16 => Dtype::Bf16,
+        GgmlDType::Q4_0 => Dtype::Q4_0,
+        GgmlDType::Q5_0 => Dtype::Q5_0,
+        GgmlDType::Q8_0 => Dtype::Q8_0,
+        GgmlDType::Q4K => Dtype::Q4K,
+        GgmlDType::Q5K => Dtype::Q5K,
+        GgmlDType::Q6K => Dtype::Q6K,
         _ => Dtype::F32,
     })
 }
@@ -145,9 +151,11 @@ impl Tensor {
     fn read(&self, name: &str) -> Result<View, WeightsError> {
         let TensorInfo { dtype, shape } = self.info();
         let mut view = match self.dtype {
-            GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16 => View { info: TensorInfo { dtype, shape }, data: self.stored.data.clone() },
-            quantised => {
-                let values = dequantise(quantised, &self.stored.data, &shape);
+            own if own == GgmlDType::F32 || dtype != Dtype::F32 => {
+                View { info: TensorInfo { dtype, shape }, data: self.stored.data.clone() }
+            }
+            other => {
+                let values = dequantise(other, &self.stored.data, &shape);
                 let values = values.map_err(|error| WeightsError::Read { tensor: name.to_owned(), reason: error.to_string() })?;
                 View::from_f32(&values, dtype, shape)?
             }
@@ -166,7 +174,8 @@ fn dequantise(dtype: GgmlDType, data: &[u8], shape: &[usize]) -> candle_core::Re
     qtensor_from_ggml(dtype, data, shape.to_vec(), &Device::Cpu)?.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()
 }
 
-/// llama.cpp turns neighbouring rows (2i, 2i+1) of a head; transformers turns (i, i + hd/2). This is the order of transformers.
+/// llama.cpp turns neighbouring rows (2i, 2i+1) of a head; transformers turns (i, i + hd/2). This is the order of transformers. A row is whole
+/// elements or blocks, so its bytes move as they are.
 fn half_split_order(data: &[u8], heads: usize, rows: usize) -> Bytes {
     let (row, half) = (data.len() / rows.max(1), rows / heads.max(1) / 2);
     let mut out = Vec::with_capacity(data.len());
