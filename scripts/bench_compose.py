@@ -4,15 +4,15 @@
 usage: bench_compose.py RECIPE WORKDIR --upcycle BIN [--mergekit LABEL=BIN ...] [--rounds 7] [--seed 42] [--cold FOLDER ...]
                         [--also LABEL='COMMAND with {recipe} and {out}' ...] [--json RAW.json]
 
-A round runs every command once, in a rotating order, so that a busy moment of the machine does not fall on one of them
-alone. Every run writes into an empty folder under WORKDIR, removed after it; the disk is synced between runs, outside
+A round runs every command once, in an order drawn anew, so that neither a busy moment of the machine nor the state that
+one command leaves memory in always falls on the same one. Every run writes into an empty folder under WORKDIR, removed after it; the disk is synced between runs, outside
 the clock. `cp` copies what the first command wrote in an untimed warm-up, which also brings the sources into the page
 cache; with `--cold` the files under those folders (the sources) are dropped from it before every run. upcycle syncs what it writes before it exits, so that
 `cp + sync`, which does too, is what it compares with; mergekit does not. Wall time is until the process exits; CPU is
 user + system; memory is the highest anonymous memory sampled, which leaves out the mapped pages of sources. Prints a
 markdown table (medians; range of the wall times; highest peak).
 """
-import argparse, json, os, platform, shlex, shutil, statistics, subprocess, sys, threading, time
+import argparse, json, os, platform, random, shlex, shutil, statistics, subprocess, sys, threading, time
 
 
 def anonymous(pid):
@@ -108,9 +108,9 @@ def main():
     cp = shlex.join(["cp", "-r", "--reflink=never", model, out])
     commands = {"cp": ["sh", "-c", cp], "cp + sync": ["sh", "-c", f"{cp} && sync {shlex.quote(out)}/*"], **commands}
     runs = {label: [] for label in commands}
+    shuffled = random.Random(a.seed)
     for n in range(a.rounds):
-        order = list(commands)
-        for label in order[n % len(order):] + order[:n % len(order)]:
+        for label in shuffled.sample(list(commands), len(commands)):
             empty(out)
             for folder in a.cold and [*a.cold, model]: evict(folder)
             runs[label].append(timed(commands[label], log))
