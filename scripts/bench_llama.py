@@ -55,7 +55,10 @@ def make(name, work, llama):
     w.add_block_count(L); w.add_context_length(4096); w.add_embedding_length(D); w.add_feed_forward_length(F)
     w.add_head_count(H); w.add_head_count_kv(KV); w.add_key_length(hd); w.add_value_length(hd); w.add_rope_dimension_count(hd)
     w.add_rope_freq_base(1e6); w.add_layer_norm_rms_eps(1e-5); w.add_expert_count(E); w.add_expert_used_count(K); w.add_vocab_size(V)
-    w.add_file_type(gguf.LlamaFileType.MOSTLY_BF16); w.add_tokenizer_model("no_vocab")
+    w.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    # Servers want to name what they write.
+    words = [f"t{i}" for i in range(V)]
+    w.add_tokenizer_model("llama"); w.add_token_list(words); w.add_token_scores([0.0] * V); w.add_token_types([gguf.TokenType.NORMAL] * V)
     if qwen: w.add_expert_feed_forward_length(F)
 
     def normal(*shape):
@@ -92,6 +95,8 @@ def make(name, work, llama):
                   hidden_act="silu", max_position_embeddings=4096, rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None,
                   tie_word_embeddings=False, torch_dtype="bfloat16")
     with open(f"{directory}/config.json", "w") as f: json.dump(config, f, indent=2)
+    model = dict(type="WordLevel", vocab={word: i for i, word in enumerate(words)}, unk_token="t0")
+    with open(f"{directory}/tokenizer.json", "w") as f: json.dump(dict(version="1.0", added_tokens=[], pre_tokenizer=dict(type="Whitespace"), model=model), f)
     return directory, file
 
 

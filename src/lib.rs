@@ -7,6 +7,7 @@ pub mod engine;
 pub mod env;
 pub mod inspect;
 pub mod plan;
+pub mod quantize;
 pub mod recipe;
 #[cfg(feature = "serve")]
 pub mod serve;

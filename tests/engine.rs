@@ -10,7 +10,9 @@ use serde_json::{Map, json};
 use tokio::sync::mpsc::UnboundedReceiver;
 use upcycle::engine::{Engine, EngineError, Event, Finish, FinishReason, Options, Request, Sampling, Specials, Text};
 
-use crate::support::engines::{composite, demo, engine, with_text};
+use upcycle_architectures::decoder::KvType;
+
+use crate::support::engines::{composite, demo, engine, kept_as, try_engine, with_text};
 
 /// Ends every text of the bundled models.
 const EOS: u32 = 0;
@@ -52,7 +54,9 @@ fn wait_until_idle(engine: &Engine) {
 
 #[test]
 fn a_text_is_the_same_alone_in_a_crowd_and_in_chunks() {
-    same_in_a_crowd(|options| engine("base", options));
+    for kv_type in [KvType::F32, KvType::F16, KvType::Q8_0] {
+        same_in_a_crowd(|options| kept_as(kv_type, "base", options));
+    }
 }
 
 #[test]
@@ -60,14 +64,19 @@ fn so_is_a_composites() {
     same_in_a_crowd(composite);
 }
 
+/// Bytes of a block of the bundled models in f32: L 4, keys and values of 4 heads of 32, 64 positions.
+const BLOCK: usize = 4 * 2 * 4 * 32 * 64 * 4;
+
 fn same_in_a_crowd(engine: impl Fn(Options) -> Engine) {
     let prompts = [
         "Problem: Compute 12 + 30.\n",
         "And God said unto Moses, ",
         "def add(a, b):\n    return",
-        "Der Mensch ist",
+        "In the beginning was the Word, and the Word was with God, and the Word was God. The same was in the beginning with God. And",
         "a",
         "In the beginning was the Word, and the Word was with God, and the Word was God. The same was in the beginning with God. All things",
+        "Problem: Compute 12 + 30.\nProblem: Compute 12 + 30.\nProblem: Compute 12 + 30.\nProblem:",
+        "In the beginning was the Word, and the Word was with God, and the Word was God. The same was in the beginning with God. And",
     ];
     let requests = |engine: &Engine| -> Vec<Request> {
         let request = |(i, prompt): (usize, &&str)| {
@@ -77,27 +86,115 @@ fn same_in_a_crowd(engine: impl Fn(Options) -> Engine) {
         };
         prompts.iter().enumerate().map(request).collect()
     };
-    let alone = engine(Options { parallel: 1, ..Options::default() });
-    let expected: Vec<(String, usize)> = requests(&alone)
-        .into_iter()
-        .map(|request| {
-            let (text, finish) = generate(&alone, request);
-            (text, finish.completion_tokens)
+    let said = |text: String, finish: &Finish| (text, finish.completion_tokens, finish.reason);
+    // Nothing is left of one request when the next comes.
+    let expected: Vec<_> = (0..prompts.len())
+        .map(|i| {
+            let alone = engine(Options { parallel: 1, lookup: 0, ..Options::default() });
+            let (text, finish) = generate(&alone, requests(&alone).swap_remove(i));
+            assert_eq!(finish.cached_tokens, 0);
+            said(text, &finish)
         })
         .collect();
-    assert!(expected.iter().all(|(text, _)| !text.is_empty()));
-    for (parallel, chunk) in [(6, 256), (6, 3), (3, 1), (4, 7)] {
-        let crowd = engine(Options { parallel, chunk, ..Options::default() });
-        let running: Vec<_> = requests(&crowd).into_iter().map(|request| crowd.submit(request).unwrap()).collect();
-        for (i, (events, expected)) in running.into_iter().zip(&expected).enumerate() {
-            let (pieces, finish) = collect(events);
-            assert_eq!(
-                (pieces.concat(), finish.unwrap().completion_tokens),
-                *expected,
-                "prompt {i}, {parallel} together, chunks of {chunk}"
-            );
+    assert!(expected.iter().all(|(text, ..)| !text.is_empty()));
+    let options = |parallel, chunk| Options { parallel, chunk, lookup: 0, ..Options::default() };
+    for options in [
+        options(6, 256),
+        options(6, 3),
+        options(3, 1),
+        Options { lookup: 5, ..options(4, 7) },
+        Options { lookup: 20, ..options(1, 512) },
+        // Not enough for all: some are put off, some start anew.
+        Options { cache: Some(4 * BLOCK), lookup: 3, ..options(8, 16) },
+        Options { cache: Some(2 * BLOCK), ..options(8, 64) },
+    ] {
+        let crowd = engine(options);
+        for round in 0..2 {
+            let running: Vec<_> = requests(&crowd).into_iter().map(|request| crowd.submit(request).unwrap()).collect();
+            let mut cached = 0;
+            for (i, (events, expected)) in running.into_iter().zip(&expected).enumerate() {
+                let (pieces, finish) = collect(events);
+                let finish = finish.unwrap();
+                assert_eq!(said(pieces.concat(), &finish), *expected, "prompt {i}, round {round}, {options:?}");
+                assert!(finish.cached_tokens < finish.prompt_tokens);
+                cached += finish.cached_tokens;
+            }
+            // Three of the prompts begin alike; in the second round all are known.
+            let least = if options.cache.is_some() { 0 } else { [40, 100][round] };
+            assert!(cached >= least, "{cached} tokens were known in round {round}, {options:?}");
         }
     }
+}
+
+#[test]
+fn turns_are_not_read_again() {
+    let engine = engine("base", Options::default());
+    let mut request = endless(&engine);
+    request.max_tokens = Some(70);
+    request.sampling.logit_bias = vec![(400, 100.0)];
+    let (text, first) = generate(&engine, request.clone());
+    assert_eq!((first.cached_tokens, first.completion_tokens), (0, 70));
+    let (again, second) = generate(&engine, request.clone());
+    assert_eq!((again.as_str(), second.cached_tokens), (text.as_str(), 0), "so few tokens are not worth looking for");
+    // The next turn: what was said is known, but for its last token, which nobody has read.
+    let known = request.prompt.len() + 69;
+    request.prompt.extend([vec![400; 70], (500..550).collect()].concat());
+    let (_, third) = generate(&engine, request.clone());
+    assert_eq!(third.cached_tokens, known);
+    // Many answers to one prompt read it once, also when they come together.
+    request.prompt = (300..400).collect();
+    let many: Vec<_> = (0..4).map(|_| engine.submit(request.clone()).unwrap()).collect();
+    let mut cached: Vec<usize> = many.into_iter().map(|events| collect(events).1.unwrap().cached_tokens).collect();
+    cached.sort_unstable();
+    assert_eq!(cached, [0, 99, 99, 99]);
+}
+
+#[test]
+fn a_sequence_that_fills_the_cache_alone_ends_at_its_limit() {
+    let engine = engine("base", Options { cache: Some(2 * BLOCK + 1), ..Options::default() });
+    assert_eq!(engine.context(), 128);
+    let many: Vec<_> = (0..3).map(|_| engine.submit(endless(&engine)).unwrap()).collect();
+    for events in many {
+        let finish = collect(events).1.unwrap();
+        assert_eq!((finish.reason, finish.prompt_tokens + finish.completion_tokens), (FinishReason::Length, 128));
+    }
+    let error = try_engine("base", Options { cache: Some(1000), ..Options::default() }).unwrap_err();
+    let expected =
+        format!("a cache of 1000 bytes holds no sequence: {BLOCK} bytes hold the first tokens of one; give more with `--cache-size`");
+    assert_eq!(error.to_string(), expected);
+}
+
+#[test]
+fn who_outgrows_the_cache_starts_anew_and_says_the_same() {
+    let request = |engine: &Engine, seed| {
+        let sampling = Sampling { temperature: 0.9, seed: Some(seed), ..endless(engine).sampling };
+        Request { sampling, max_tokens: Some(180), ..endless(engine) }
+    };
+    let roomy = engine("base", Options::default());
+    let expected: Vec<String> = (0..3).map(|seed| generate(&roomy, request(&roomy, seed)).0).collect();
+    // Two are let in with two blocks each, and each comes to want a third.
+    let tight = engine("base", Options { cache: Some(4 * BLOCK), ..Options::default() });
+    let running: Vec<_> = (0..3).map(|seed| tight.submit(request(&tight, seed)).unwrap()).collect();
+    let ended: Vec<(String, Finish)> = running.into_iter().map(collect).map(|(text, finish)| (text.concat(), finish.unwrap())).collect();
+    assert_eq!(ended.iter().map(|(text, _)| text.clone()).collect::<Vec<_>>(), expected);
+    assert!(ended[1].1.decode > ended[0].1.decode, "the second waited in the middle of its text");
+}
+
+#[test]
+fn a_long_prompt_lets_others_write_and_short_ones_pass() {
+    let engine = engine("base", Options { chunk: 16, ..Options::default() });
+    let mut running = engine.submit(endless(&engine)).unwrap();
+    running.blocking_recv().unwrap();
+    let long = engine.submit(Request { prompt: vec![7; 480], max_tokens: Some(1), ..endless(&engine) }).unwrap();
+    let short = engine.submit(Request { prompt: (7..30).collect(), max_tokens: Some(1), ..endless(&engine) }).unwrap();
+    let [long, short] = [long, short].map(|events| collect(events).1.unwrap());
+    assert!(short.prefill < long.prefill, "{short:?} {long:?}");
+    // One token of text for each piece of 16 tokens, at least.
+    let mut written = 0;
+    while running.try_recv().is_ok() {
+        written += 1;
+    }
+    assert!(written >= 20, "{written} pieces of text while 480 tokens were read");
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use crate::support::{Case, Golden, assert_close, cosine, held, in_pieces, logits, root, run, values};
 use candle_core::{DType, Device, Tensor};
 use upcycle_architectures::{
-    decoder::{Decoder, Logits, NoProbe, Probe, Site, Step},
+    decoder::{Cache, Decoder, KvType, Logits, NoProbe, Probe, Site, Step},
     detect,
     kernels::Kernels,
 };
@@ -64,22 +64,52 @@ fn every_kernel() {
     }
 }
 
-/// Not only close: neither chunks nor neighbours change a bit.
+/// Not only close: neither chunks nor neighbours nor a shared past change a bit, whatever type keys and values are kept in.
 #[test]
 fn batching_changes_no_bit() {
     for case in Case::all().iter().filter(|case| !case.rope_follows_length()) {
         for kernels in Kernels::available() {
             let decoder = Decoder::load_with(case.family, &case.config, &case.weights, DType::F32, kernels).unwrap();
             let (short, long) = (case.golden.tokens("short.input_ids"), case.golden.tokens("long.input_ids"));
-            let alone = logits(&decoder, &long);
-            assert!(alone == in_pieces(&decoder, &long, &[7, 64, 1, 3, 100]), "{} {kernels:?}: chunks", case.name);
-            let mut caches = [decoder.cache(), decoder.cache()];
-            let mut steps: Vec<_> =
-                caches.iter_mut().zip([&short, &long]).map(|(cache, tokens)| Step { tokens, cache, logits: Logits::All }).collect();
-            let together = values(&decoder.forward(&mut steps, &mut NoProbe).unwrap());
-            assert!(alone == together[short.len() * case.config.vocab..], "{} {kernels:?}: neighbours", case.name);
+            same_to_the_bit(&format!("{} {kernels:?}", case.name), &decoder, &short, &long);
         }
     }
+    let decoder = demo_base();
+    let [short, long] = [20, 300].map(|len| (0..len).map(|i| i * 37 % 2048).collect::<Vec<u32>>());
+    for kv_type in [KvType::F16, KvType::Q8_0] {
+        same_to_the_bit(&format!("demo/base {kv_type:?}"), &decoder.clone().with_kv_type(kv_type).unwrap(), &short, &long);
+    }
+}
+
+fn same_to_the_bit(what: &str, decoder: &Decoder, short: &[u32], long: &[u32]) {
+    let vocab = decoder.config().vocab;
+    let together = |caches: &mut [Cache], fed: &[&[u32]]| {
+        let steps = caches.iter_mut().zip(fed).map(|(cache, tokens)| Step { tokens, cache, logits: Logits::All });
+        values(&decoder.forward(&mut steps.collect::<Vec<_>>(), &mut NoProbe).unwrap())
+    };
+    let alone = logits(decoder, long);
+    assert!(alone == in_pieces(decoder, long, &[7, 64, 1, 3, 100]), "{what}: chunks");
+    let mut caches = [decoder.cache(), decoder.cache()];
+    assert!(alone == together(&mut caches, &[short, long])[short.len() * vocab..], "{what}: neighbours");
+    // Three go on from one past, each in its own way and all in one call.
+    let [_, past] = caches;
+    let mut forks = [past.fork(100).unwrap(), past.fork(100).unwrap(), past];
+    assert!(
+        alone[100 * vocab..] == together(&mut forks, &[&long[100..], short, short])[..(long.len() - 100) * vocab],
+        "{what}: a shared past"
+    );
+}
+
+#[test]
+fn rounded_keys_and_values() {
+    let (decoder, golden) = (demo_base(), Golden::open(&root().join("tests/golden/demo_base_logits.safetensors")));
+    for (kv_type, least) in [(KvType::F16, 0.999_999), (KvType::Q8_0, 0.9999)] {
+        let decoder = decoder.clone().with_kv_type(kv_type).unwrap();
+        let similarity = cosine(&logits(&decoder, &golden.tokens("input_ids")), &golden.values("logits"));
+        assert!(similarity > least && similarity < 1.0 - 1e-12, "{kv_type:?}: cosine {similarity}");
+    }
+    let small = Case::open("mixtral").decoder(DType::F32).with_kv_type(KvType::Q8_0).unwrap_err();
+    assert_eq!(small.to_string(), "keys and values cannot be kept as q8_0: heads of 8 are no multiple of 32; f16 and f32 take any");
 }
 
 /// Sequences that decode, prefill and go on, all in one call, give what each gives alone.
@@ -154,9 +184,12 @@ fn probes_see_the_hidden_states() {
 /// A really trained model.
 #[test]
 fn trained_base() {
+    let golden = Golden::open(&root().join("tests/golden/demo_base_logits.safetensors"));
+    assert_close("demo/base", &logits(&demo_base(), &golden.tokens("input_ids")), &golden.values("logits"));
+}
+
+fn demo_base() -> Decoder {
     let dir = root().join("demo/base");
     let (family, config) = detect(&serde_json::from_slice(&std::fs::read(dir.join("config.json")).unwrap()).unwrap()).unwrap();
-    let golden = Golden::open(&root().join("tests/golden/demo_base_logits.safetensors"));
-    let decoder = Decoder::load(family, &config, &held(&dir.join("model.safetensors")), DType::F32, &Device::Cpu).unwrap();
-    assert_close("demo/base", &logits(&decoder, &golden.tokens("input_ids")), &golden.values("logits"));
+    Decoder::load(family, &config, &held(&dir.join("model.safetensors")), DType::F32, &Device::Cpu).unwrap()
 }

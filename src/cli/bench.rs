@@ -6,7 +6,7 @@ use upcycle::engine::bench::{self, Load};
 use upcycle_architectures::kernels::{Kernels, peak};
 
 use super::{
-    model::{self, DeviceArgs, Precision},
+    model::{self, DeviceArgs, KvArgs, Precision, QuantizeArgs},
     recipe,
 };
 
@@ -33,14 +33,18 @@ pub(crate) struct Args {
     #[command(flatten)]
     options: recipe::Options,
     #[command(flatten)]
+    quantize: QuantizeArgs,
+    #[command(flatten)]
+    kv: KvArgs,
+    #[command(flatten)]
     device: DeviceArgs,
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     args.device.set_threads()?;
-    let loaded = model::open(&args.model, &args.options, &args.device)?;
+    let loaded = args.quantize.apply(model::open(&args.model, &args.options, &args.device)?);
     let bytes = bench::bytes(loaded.family, &loaded.config, &*loaded.weights);
-    let decoder = model::load_decoder(&loaded, &args.device, Precision::Fast)?;
+    let decoder = args.kv.decoder(model::load_decoder(&loaded, &args.device, Precision::Fast)?, Precision::Fast)?;
     let kernels = decoder.kernels().unwrap_or_else(Kernels::best);
     let (bandwidth, products) = (peak::read_bandwidth(kernels), peak::products(kernels));
     let mut rows = Vec::new();

@@ -9,7 +9,7 @@ use upcycle::engine::{Engine, Options, Request};
 
 use super::{
     generation::GenerationArgs,
-    model::{self, DeviceArgs, Loaded},
+    model::{self, DeviceArgs, Loaded, QuantizeArgs},
     recipe, run, ui,
 };
 
@@ -31,12 +31,14 @@ pub(crate) struct Args {
     #[command(flatten)]
     options: recipe::Options,
     #[command(flatten)]
+    quantize: QuantizeArgs,
+    #[command(flatten)]
     device: DeviceArgs,
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     args.device.set_threads()?;
-    let loaded = model::open(&args.model, &args.options, &args.device)?;
+    let loaded = args.quantize.apply(model::open(&args.model, &args.options, &args.device)?);
     let engine = args.generation.engine(&loaded, &args.device, Options::default())?;
     if engine.text().template.is_none() {
         bail!("{} has no chat template: give one with `--chat-template FILE`, or use `upcycle run {} PROMPT`", loaded.name, args.model);

@@ -21,7 +21,7 @@ use upcycle_architectures::{Dtype, decoder::Decoder};
 use upcycle_routers::init::{self, Runtime};
 
 use super::{
-    model::{self, DeviceArgs, Precision},
+    model::{self, DeviceArgs, Precision, QuantizeArgs},
     recipe,
     texts::{self, TextArgs},
 };
@@ -40,6 +40,8 @@ pub(crate) struct Args {
     json: bool,
     #[command(flatten)]
     options: recipe::Options,
+    #[command(flatten)]
+    quantize: QuantizeArgs,
     #[command(flatten)]
     device: DeviceArgs,
 }
@@ -60,7 +62,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     };
     let mut reference: Option<Vec<Text>> = None;
     for (at, model) in args.models.iter().enumerate() {
-        if at == 0 && model::is_recipe(model) {
+        // What a recipe is compared with is not quantised.
+        if at == 0 && model::is_recipe(model) && args.quantize.quantize.is_none() {
             let mut recipe = recipe::read(Path::new(model), &args.options)?;
             reference = Some(if recipe.gate_mode.runtime() == Some(Runtime::Sequence) {
                 sequence(&recipe, &texts, args, &setting, &mut report)?
@@ -68,7 +71,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
                 composite(&mut recipe, &texts, args, &setting, &mut report)?
             });
         } else {
-            let loaded = model::open(model, &args.options, &args.device)?;
+            let loaded = args.quantize.apply(model::open(model, &args.options, &args.device)?);
             let tokenizer = Tokenizer::open(&loaded.sidecars, &loaded.config).with_context(|| loaded.name.clone())?;
             let windows = args.texts.cut(&texts, &tokenizer)?;
             let (row, choices) = evaluate::model(&loaded.name, (loaded.family, &loaded.config), &*loaded.weights, &windows, &setting)?;

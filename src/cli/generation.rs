@@ -3,9 +3,15 @@
 use std::path::PathBuf;
 
 use anyhow::Context as _;
+use sysinfo::{MemoryRefreshKind, RefreshKind, System};
 use upcycle::engine::{ChatTemplate, Engine, Options, Sampling, Text};
+use upcycle_architectures::decoder::{LanguageModel, Memory as _};
 
-use super::model::{self, DeviceArgs, Loaded, Precision};
+use super::{
+    compose,
+    model::{self, DeviceArgs, KvArgs, Loaded, Precision},
+    ui,
+};
 
 /// How text is generated. What is not given is what the model's `generation_config.json` recommends.
 #[derive(Debug, Clone, clap::Args)]
@@ -34,6 +40,14 @@ pub(crate) struct GenerationArgs {
     /// Tokens that prompt and answer may have together; the model's limit if not given
     #[arg(long, value_name = "N")]
     ctx_size: Option<usize>,
+    /// Memory for keys and values, as 500M or 4G; if not given, what the requests answered together can fill, but at most half of what is free
+    #[arg(long, value_name = "SIZE", value_parser = compose::size)]
+    cache_size: Option<u64>,
+    #[command(flatten)]
+    kv: KvArgs,
+    /// Look up at most N next tokens in the text so far and check them together; faster where text repeats itself, and the same text; 0 for off
+    #[arg(long, value_name = "N", default_value_t = Options::default().lookup)]
+    lookup: usize,
 }
 
 impl GenerationArgs {
@@ -46,11 +60,11 @@ impl GenerationArgs {
             let template = ChatTemplate::new(&fs_err::read_to_string(file)?, text.tokenizer.special_tokens().clone());
             text.template = Some(template.with_context(|| file.display().to_string())?);
         }
-        let options = Options { context: self.ctx_size, ..options };
+        let options = Options { context: self.ctx_size, cache: self.cache_size.map(|size| size as usize), lookup: self.lookup, ..options };
         Ok(if loaded.experts.is_empty() {
-            Engine::start(model::load_decoder(loaded, device, Precision::Fast)?, text, options)?
+            start(self.kv.decoder(model::load_decoder(loaded, device, Precision::Fast)?, Precision::Fast)?, text, options)?
         } else {
-            Engine::start(model::load_ensemble(loaded, device, Precision::Fast)?, text, options)?
+            start(self.kv.ensemble(model::load_ensemble(loaded, device, Precision::Fast)?, Precision::Fast)?, text, options)?
         })
     }
 
@@ -66,4 +80,25 @@ impl GenerationArgs {
             ..r
         }
     }
+}
+
+/// Starts an engine whose caches leave others half of the memory that is free, if the user said nothing else.
+fn start<M>(model: M, text: Text, mut options: Options) -> anyhow::Result<Engine>
+where
+    M: LanguageModel + Send + 'static,
+{
+    let limit = model.config().max_positions.min(options.context.unwrap_or(usize::MAX));
+    if options.cache.is_none() {
+        let wanted = model.cache().growth(limit).saturating_mul(options.parallel);
+        let system = System::new_with_specifics(RefreshKind::nothing().with_memory(MemoryRefreshKind::everything()))?;
+        options.cache = Some(wanted.min(system.available_memory() as usize / 2));
+    }
+    let engine = Engine::start(model, text, options)?;
+    if engine.context() < limit {
+        let context = engine.context();
+        ui::warn(format!(
+            "prompt and answer can have {context} tokens instead of {limit}: the memory for keys and values is full then (`--cache-size`)"
+        ));
+    }
+    Ok(engine)
 }

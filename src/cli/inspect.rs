@@ -26,7 +26,7 @@ use upcycle_architectures::decoder::{LanguageModel, Logits, NoProbe, Step};
 use upcycle_routers::{diagnose, init::Runtime};
 
 use super::{
-    model::{self, DeviceArgs, Loaded, Precision},
+    model::{self, DeviceArgs, KvArgs, Loaded, Precision},
     recipe,
     texts::{self, TextArgs},
     ui,
@@ -60,6 +60,8 @@ pub(crate) struct Args {
     #[command(flatten)]
     options: recipe::Options,
     #[command(flatten)]
+    kv: KvArgs,
+    #[command(flatten)]
     device: DeviceArgs,
 }
 
@@ -69,9 +71,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let (loaded, of_recipe) = open(args)?;
     if let (Some(ids), Some(out)) = (&args.logits, &args.out) {
         return if loaded.experts.is_empty() {
-            logits(&model::load_decoder(&loaded, &args.device, Precision::Full)?, args, ids, out)
+            logits(&args.kv.decoder(model::load_decoder(&loaded, &args.device, Precision::Full)?, Precision::Full)?, args, ids, out)
         } else {
-            logits(&model::load_ensemble(&loaded, &args.device, Precision::Full)?, args, ids, out)
+            logits(&args.kv.ensemble(model::load_ensemble(&loaded, &args.device, Precision::Full)?, Precision::Full)?, args, ids, out)
         };
     }
     let whole: Vec<_> = loaded.experts.iter().map(|one| inspect::summary(one.family, &one.config, &*one.weights)).collect();
@@ -166,9 +168,17 @@ fn follow(inspection: &mut Inspection, texts: &[(String, String)], loaded: &Load
     let bar = bar("reading texts", "windows");
     bar.set_length(windows.iter().map(|text| text.windows.len() as u64).sum());
     let traffic = if loaded.experts.is_empty() {
-        inspect::traffic(&model::load_decoder(loaded, &args.device, Precision::Full)?, &windows, &mut || bar.inc(1))?
+        inspect::traffic(
+            &args.kv.decoder(model::load_decoder(loaded, &args.device, Precision::Full)?, Precision::Full)?,
+            &windows,
+            &mut || bar.inc(1),
+        )?
     } else {
-        inspect::answers(&model::load_ensemble(loaded, &args.device, Precision::Full)?, &windows, &mut || bar.inc(1))?
+        inspect::answers(
+            &args.kv.ensemble(model::load_ensemble(loaded, &args.device, Precision::Full)?, Precision::Full)?,
+            &windows,
+            &mut || bar.inc(1),
+        )?
     };
     inspection.add(&windows, traffic);
     bar.finish_and_clear();

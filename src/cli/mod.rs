@@ -17,6 +17,7 @@ mod generation;
 mod inspect;
 mod model;
 mod plan;
+mod quantize;
 mod recipe;
 mod run;
 #[cfg(feature = "serve")]
@@ -78,6 +79,8 @@ enum Command {
     Stats(stats::Args),
     /// Set a composite's gates anew, from such statistics
     Gates(gates::Args),
+    /// Write a model as one GGUF file, smaller
+    Quantize(quantize::Args),
     /// How fast a model reads and writes here
     Bench(bench::Args),
     /// Devices, features, disk and memory
@@ -107,6 +110,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Tune(args) => tune::run(&args),
         Command::Stats(args) => stats::run(&args),
         Command::Gates(args) => gates::run(&args),
+        Command::Quantize(args) => quantize::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Doctor(args) => doctor::run(args),
         Command::Completions(args) => {

@@ -4,16 +4,18 @@ use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use anyhow::Context as _;
 use candle_core::{DType, Device};
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use upcycle::{
     calibrate,
     engine::device::{self, DeviceChoice, DtypeChoice},
     plan::{Composite, Sequence, Sources},
+    quantize::{Mix, Quantised, Scheme},
     recipe::Recipe,
     source::{self, Sidecar},
 };
 use upcycle_architectures::{
     Config, Family, Weights,
-    decoder::{Decoder, Ensemble},
+    decoder::{Decoder, Ensemble, KvType},
 };
 use upcycle_routers::init::Runtime;
 
@@ -65,6 +67,73 @@ pub(crate) enum Precision {
     Full,
     /// speed: to generate text
     Fast,
+}
+
+/// In which types to hold the weights.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct QuantizeArgs {
+    /// Hold the weights in blocks of a few bits, encoded as they are read; what is in blocks already stays
+    #[arg(long, value_name = "TYPE", value_parser = mixes())]
+    pub(crate) quantize: Option<Mix>,
+}
+
+/// The names of mixes; `q4_k` and `q5_k` are their medium ones, as in llama.cpp.
+pub(crate) fn mixes() -> impl TypedValueParser<Value = Mix> {
+    let value = |(name, _): (&'static str, Mix)| match name.strip_suffix("_m") {
+        Some(short) => PossibleValue::new(name).alias(short),
+        None => PossibleValue::new(name),
+    };
+    PossibleValuesParser::new(Mix::ALL.map(value)).try_map(|name| name.parse::<Mix>())
+}
+
+impl QuantizeArgs {
+    /// The model with its weights in those types.
+    pub(crate) fn apply(&self, mut loaded: Loaded) -> Loaded {
+        let Some(mix) = self.quantize else { return loaded };
+        let scheme = Scheme { mix, experts_only: false };
+        loaded.weights = Arc::new(Quantised::new(loaded.weights, loaded.family, &loaded.config, scheme));
+        for expert in &mut loaded.experts {
+            expert.weights = Arc::new(Quantised::new(expert.weights.clone(), expert.family, &expert.config, scheme));
+        }
+        loaded
+    }
+}
+
+/// How keys and values are kept.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct KvArgs {
+    /// Type that keys and values are kept in on the CPU; f16 to generate text, f32 to measure a model if not given
+    #[arg(long, value_enum, value_name = "TYPE")]
+    kv_type: Option<KvName>,
+}
+
+/// Names of their types.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum KvName {
+    F32,
+    F16,
+    #[value(name = "q8_0")]
+    Q8_0,
+}
+
+impl KvArgs {
+    fn kv_type(&self, precision: Precision) -> KvType {
+        match (self.kv_type, precision) {
+            (Some(KvName::F32), _) | (None, Precision::Full) => KvType::F32,
+            (Some(KvName::F16), _) | (None, Precision::Fast) => KvType::F16,
+            (Some(KvName::Q8_0), _) => KvType::Q8_0,
+        }
+    }
+
+    /// The decoder, keeping them so.
+    pub(crate) fn decoder(&self, decoder: Decoder, precision: Precision) -> anyhow::Result<Decoder> {
+        Ok(decoder.with_kv_type(self.kv_type(precision))?)
+    }
+
+    /// The ensemble, keeping them so.
+    pub(crate) fn ensemble(&self, ensemble: Ensemble, precision: Precision) -> anyhow::Result<Ensemble> {
+        Ok(ensemble.with_kv_type(self.kv_type(precision))?)
+    }
 }
 
 /// An opened model.

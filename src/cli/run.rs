@@ -10,7 +10,7 @@ use upcycle::engine::{Engine, Finish, Options, Request};
 
 use super::{
     generation::GenerationArgs,
-    model::{self, DeviceArgs, Loaded},
+    model::{self, DeviceArgs, Loaded, QuantizeArgs},
     recipe,
 };
 
@@ -38,6 +38,8 @@ pub(crate) struct Args {
     #[command(flatten)]
     options: recipe::Options,
     #[command(flatten)]
+    quantize: QuantizeArgs,
+    #[command(flatten)]
     device: DeviceArgs,
 }
 
@@ -48,7 +50,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         prompt.clear();
         io::stdin().read_to_string(&mut prompt)?;
     }
-    let loaded = model::open(&args.model, &args.options, &args.device)?;
+    let loaded = args.quantize.apply(model::open(&args.model, &args.options, &args.device)?);
     let engine = args.generation.engine(&loaded, &args.device, Options::default())?;
     let text = engine.text();
     // A model without a template was made to go on from plain text.
@@ -89,11 +91,12 @@ pub(super) fn print(engine: &Engine, loaded: &Loaded, request: Request) -> anyho
 
 fn statistics(finish: &Finish) -> String {
     let speed = |tokens: usize, seconds: f64| if seconds > 0.0 { tokens as f64 / seconds } else { 0.0 };
+    let read = finish.prompt_tokens - finish.cached_tokens;
     let (prefill, decode) = (finish.prefill.as_secs_f64(), finish.decode.as_secs_f64());
     format!(
-        "{} tokens read in {prefill:.2} s ({:.1}/s), {} written in {decode:.2} s ({:.1}/s), ended by {:?}",
-        finish.prompt_tokens,
-        speed(finish.prompt_tokens, prefill),
+        "{} tokens known and {read} read in {prefill:.2} s ({:.1}/s), {} written in {decode:.2} s ({:.1}/s), ended by {:?}",
+        finish.cached_tokens,
+        speed(read, prefill),
         finish.completion_tokens,
         speed(finish.completion_tokens.saturating_sub(1), decode),
         finish.reason,

@@ -12,7 +12,7 @@ use upcycle::{
 
 use super::{
     generation::GenerationArgs,
-    model::{self, DeviceArgs},
+    model::{self, DeviceArgs, QuantizeArgs},
     recipe, ui,
 };
 
@@ -40,6 +40,8 @@ pub(crate) struct Args {
     generation: GenerationArgs,
     #[command(flatten)]
     options: recipe::Options,
+    #[command(flatten)]
+    quantize: QuantizeArgs,
     #[command(flatten)]
     device: DeviceArgs,
 }
@@ -69,7 +71,7 @@ async fn serve(args: Args) -> anyhow::Result<()> {
 }
 
 fn load(args: &Args) -> anyhow::Result<Model> {
-    let loaded = model::open(&args.model, &args.options, &args.device)?;
+    let loaded = args.quantize.apply(model::open(&args.model, &args.options, &args.device)?);
     let options = engine::Options { parallel: args.parallel, queue: args.queue, ..engine::Options::default() };
     let engine = args.generation.engine(&loaded, &args.device, options)?;
     if engine.text().template.is_none() {

@@ -5,6 +5,8 @@
 
 pub mod bench;
 pub mod device;
+mod lookup;
+mod prefixes;
 pub mod sampling;
 mod scheduler;
 mod sidecars;
@@ -26,7 +28,7 @@ use std::{
 
 use serde_json::{Map, Value, json};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
-use upcycle_architectures::decoder::LanguageModel;
+use upcycle_architectures::decoder::{LanguageModel, Memory as _};
 
 pub use self::{
     sampling::{Sampling, SamplingError},
@@ -35,7 +37,7 @@ pub use self::{
     tokenizer::{Specials, Tokenizer, TokenizerError},
 };
 use self::{
-    scheduler::{Job, Ticket},
+    scheduler::{Job, Limits, Ticket},
     stops::Stops,
     tokenizer::TextStream,
 };
@@ -48,15 +50,20 @@ pub struct Options {
     pub parallel: usize,
     /// requests that may wait for a place among them
     pub queue: usize,
-    /// tokens of prompts in one pass; a smaller number lets running sequences wait less for new ones
+    /// tokens of prompts in one pass at most; it is fewer where they take long
     pub chunk: usize,
     /// tokens of a sequence, prompt and text together; the model's own limit if not given or greater
     pub context: Option<usize>,
+    /// bytes of keys and values, of running sequences and of finished ones that others may go on from; if not given, what `parallel`
+    /// sequences of full length take
+    pub cache: Option<usize>,
+    /// tokens that are looked up in a sequence's own past and checked together; 0 turns that off
+    pub lookup: usize,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { parallel: 8, queue: 256, chunk: 256, context: None }
+        Self { parallel: 8, queue: 256, chunk: 512, context: None, cache: None, lookup: 8 }
     }
 }
 
@@ -136,6 +143,8 @@ pub struct Finish {
     pub reason: FinishReason,
     /// P
     pub prompt_tokens: usize,
+    /// tokens of the prompt that had been read for other sequences
+    pub cached_tokens: usize,
     /// sampled tokens, the one that ended the text among them
     pub completion_tokens: usize,
     /// from the start of the request's first pass to its first token
@@ -184,6 +193,14 @@ pub enum EngineError {
         /// the limit
         context: usize,
     },
+    /// no room for keys and values
+    #[error("a cache of {cache} bytes holds no sequence: {least} bytes hold the first tokens of one; give more with `--cache-size`")]
+    Cache {
+        /// the limit
+        cache: usize,
+        /// for the fewest tokens
+        least: usize,
+    },
     /// a token beyond the vocabulary
     #[error("token {token} is not in the vocabulary of {vocab}")]
     Token {
@@ -229,14 +246,16 @@ impl Engine {
     where
         M: LanguageModel + Send + 'static,
     {
-        let config = model.config();
-        let (context, vocab) = (options.context.unwrap_or(usize::MAX).min(config.max_positions), config.vocab);
+        let vocab = model.config().vocab;
+        let parallel = options.parallel.max(1);
+        let (context, cache) = fit(&model, options.context.unwrap_or(usize::MAX), options.cache, parallel)?;
+        let limits = Limits { parallel, chunk: options.chunk, cache, lookup: options.lookup };
         let (inbox, jobs) = mpsc::channel();
         let abort = Arc::new(AtomicBool::new(false));
         let thread = std::thread::Builder::new().name("engine".into()).spawn({
             let abort = abort.clone();
             let ends = text.tokenizer.eos().iter().copied().chain(text.turn_end()).collect();
-            move || scheduler::run(&model, &ends, &options, &jobs, &abort)
+            move || scheduler::run(&model, &ends, limits, &jobs, &abort)
         });
         Ok(Self {
             text,
@@ -352,6 +371,24 @@ impl Engine {
         })?;
         Ok(text)
     }
+}
+
+/// Tokens that a sequence may have, and bytes for all caches: one sequence of that length must fit, so that whoever runs alone can finish.
+fn fit(model: &impl LanguageModel, context: usize, cache: Option<usize>, parallel: usize) -> Result<(usize, usize), EngineError> {
+    let empty = model.cache();
+    let context = context.min(model.config().max_positions);
+    let whole = empty.growth(context);
+    let cache = cache.unwrap_or_else(|| whole.saturating_mul(parallel));
+    if whole <= cache {
+        return Ok((context, cache));
+    }
+    // What grows by blocks is asked again.
+    let mut fits = (context as f64 * (cache as f64 / whole as f64)) as usize;
+    while fits > 1 && empty.growth(fits) > cache {
+        fits -= 1;
+    }
+    let least = empty.growth(2);
+    if fits < 2 || least > cache { Err(EngineError::Cache { cache, least }) } else { Ok((fits, cache)) }
 }
 
 impl Drop for Engine {

@@ -1,7 +1,13 @@
 //! Which sequences run in the next pass, and what becomes of the logits.
 //!
-//! Every pass takes one new token of each sequence that generates and up to a chunk of the prompts that are still to be read. A sequence
-//! sees nothing of the others: its tokens depend on its own prompt, cache and sampler alone.
+//! Every pass takes one new token of each sequence that generates (and guesses at the ones after it) and a piece of a prompt that is still to be
+//! read. Prompts are read one after the other, so that each has its first token as early as it can: in turn the oldest, which nobody passes
+//! for ever, and the shortest, which does not wait for a long one. A piece is no longer than what those who generate can wait for.
+//!
+//! Memory has a limit. A sequence is let in when there is room for its prompt, finished ones leave their caches to those that begin alike until
+//! the room is needed, and when running ones outgrow it, the youngest gives its memory back and reads its tokens again later.
+//!
+//! A sequence sees nothing of all this: its tokens depend on its own prompt, parameters and seed alone.
 
 use std::{
     collections::{BTreeSet, VecDeque},
@@ -11,18 +17,44 @@ use std::{
         atomic::{AtomicBool, AtomicUsize, Ordering},
         mpsc,
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use tokio::sync::mpsc::UnboundedSender;
-use upcycle_architectures::decoder::{DecoderError, LanguageModel, Logits, NoProbe, Step};
+use upcycle_architectures::decoder::{DecoderError, LanguageModel, Logits, Memory, NoProbe, Step};
 
 use super::{
-    Event, Finish, FinishReason, Options,
+    Event, Finish, FinishReason,
+    lookup::{Trust, guess},
+    prefixes::{LEAST, Prefixes, common},
     sampling::Sampler,
     stops::{Shown, Stops},
     tokenizer::{TextStream, TokenizerError},
 };
+
+/// Tokens of text that a new sequence must find room for besides its prompt, and that all others must.
+const MARGIN: usize = 64;
+/// Rows of prompts that short ones may share a pass up to: more hardly make a row cheaper, and each then waits for the others.
+const TOGETHER: usize = 64;
+/// How long a pass may keep those waiting who generate; four times as long where nobody does.
+const PATIENCE: Duration = Duration::from_millis(750);
+/// Rows of prompts in a pass as long as nobody knows how long a row takes.
+const FIRST_ROWS: usize = 128;
+/// Rows of prompts in a pass, however long they take.
+const FEWEST_ROWS: usize = 16;
+
+/// What a scheduler may do at once.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Limits {
+    /// sequences that run together, at least one
+    pub(super) parallel: usize,
+    /// tokens of prompts in a pass
+    pub(super) chunk: usize,
+    /// bytes of caches; enough for one sequence of any length that is let in
+    pub(super) cache: usize,
+    /// tokens guessed at a time
+    pub(super) lookup: usize,
+}
 
 /// Counts a request as long as it lives.
 #[derive(Debug)]
@@ -54,47 +86,81 @@ pub(super) struct Job {
     pub(super) ticket: Ticket,
 }
 
-/// A request that runs.
+/// A request that waits or runs.
 struct Sequence<C> {
     job: Job,
-    /// prompt and text
+    /// prompt and text; the model has read as many of them as the cache remembers
     tokens: Vec<u32>,
-    /// how many of them the model has read
-    read: usize,
     cache: C,
-    started: Instant,
+    /// tokens of the prompt that were read for others
+    cached: usize,
+    trust: Trust,
+    started: Option<Instant>,
     first_token: Option<Instant>,
 }
 
+/// What a sequence gives the next pass to read.
+#[derive(Debug, Default)]
+struct Share {
+    tokens: Vec<u32>,
+    /// how many of them, at the end, are guesses
+    guessed: usize,
+    /// what the token after the newest may be, checked or not
+    next: Option<u32>,
+}
+
 /// Runs requests until the inbox is closed and all are finished. The tokens `ends` end a text; while `abort` is set, nothing runs.
-pub(super) fn run(model: &impl LanguageModel, ends: &BTreeSet<u32>, options: &Options, inbox: &mpsc::Receiver<Job>, abort: &AtomicBool) {
-    let mut waiting = VecDeque::new();
-    let mut active: Vec<Sequence<_>> = Vec::new();
+pub(super) fn run<M: LanguageModel>(model: &M, ends: &BTreeSet<u32>, limits: Limits, inbox: &mpsc::Receiver<Job>, abort: &AtomicBool) {
+    let mut waiting: VecDeque<Sequence<M::Cache>> = VecDeque::new();
+    let mut active: Vec<Sequence<M::Cache>> = Vec::new();
+    let mut prefixes = Prefixes::new();
+    let (mut pace, mut shortest_first) = (Pace(None), false);
+    let new = |job| Sequence::new(job, model.cache(), limits.lookup);
     loop {
         if active.is_empty() && waiting.is_empty() {
             match inbox.recv() {
-                Ok(job) => waiting.push_back(job),
+                Ok(job) => waiting.push_back(new(job)),
                 Err(mpsc::RecvError) => return,
             }
         }
-        waiting.extend(inbox.try_iter());
+        waiting.extend(inbox.try_iter().map(new));
         if abort.load(Ordering::Relaxed) {
-            let stopped = active.drain(..).map(|sequence| sequence.job).chain(waiting.drain(..));
-            stopped.for_each(|job| fail(&job, "the engine is shutting down"));
+            active.drain(..).chain(waiting.drain(..)).for_each(|sequence| fail(&sequence.job, "the engine is shutting down"));
             continue;
         }
-        waiting.retain(|job: &Job| !job.events.is_closed());
+        waiting.retain(|sequence| !sequence.job.events.is_closed());
         active.retain(|sequence| !sequence.job.events.is_closed());
-        let free = options.parallel.max(1).saturating_sub(active.len()).min(waiting.len());
-        active.extend(waiting.drain(..free).map(|job| Sequence::new(job, model.cache())));
+        admit(model, limits, &mut waiting, &mut active, &mut prefixes);
+        if active.is_empty() {
+            continue;
+        }
 
-        match pass(model, &mut active, options.chunk) {
+        for i in 0..active.len() {
+            let start = head_start(&active[i], &active, &mut prefixes);
+            active[i].catch_up(start);
+        }
+        shortest_first = !shortest_first;
+        let shares = loop {
+            let someone_writes = active.iter().any(|sequence| sequence.first_token.is_some());
+            let shares = share(&active, pace.rows(limits.chunk, someone_writes), shortest_first);
+            let wanted = || active.iter().zip(&shares).map(|(sequence, share)| sequence.cache.growth(share.tokens.len())).sum();
+            if make_room(model, limits.cache, &mut prefixes, wanted) || active.len() == 1 {
+                break shares;
+            }
+            if let Some(mut youngest) = active.pop() {
+                youngest.cache = model.cache();
+                waiting.push_front(youngest);
+            }
+        };
+
+        match pass(model, &mut active, &shares, &mut pace) {
             Ok(rows) => {
-                let mut rows = rows.into_iter();
-                active.retain_mut(|sequence| match rows.next().flatten() {
-                    Some(mut logits) => sequence.take(&mut logits, ends, model).is_continue(),
-                    None => true,
-                });
+                for ((mut sequence, share), rows) in std::mem::take(&mut active).into_iter().zip(&shares).zip(rows) {
+                    match sequence.take(share, rows, ends, model) {
+                        ControlFlow::Continue(()) => active.push(sequence),
+                        ControlFlow::Break(()) => prefixes.keep(sequence.tokens, sequence.cache),
+                    }
+                }
             }
             // Nobody can say how far the caches got.
             Err(error) => active.drain(..).for_each(|sequence| fail(&sequence.job, &error.to_string())),
@@ -102,54 +168,192 @@ pub(super) fn run(model: &impl LanguageModel, ends: &BTreeSet<u32>, options: &Op
     }
 }
 
-/// One pass. Returns a row of logits for each sequence that has nothing left to read.
-fn pass<M: LanguageModel>(model: &M, active: &mut [Sequence<M::Cache>], chunk: usize) -> Result<Vec<Option<Vec<f32>>>, DecoderError> {
-    let mut room = chunk.max(1);
-    let mut steps = Vec::with_capacity(active.len());
-    let mut complete = Vec::with_capacity(active.len());
-    for Sequence { tokens, read, cache, .. } in active {
-        let unread = &tokens[*read..];
-        let now = if unread.len() == 1 { 1 } else { unread.len().min(room) };
-        if unread.len() > 1 {
-            room -= now;
+/// Lets in those who wait, in their order, as long as there are places and room.
+fn admit<M: LanguageModel>(
+    model: &M,
+    limits: Limits,
+    waiting: &mut VecDeque<Sequence<M::Cache>>,
+    active: &mut Vec<Sequence<M::Cache>>,
+    prefixes: &mut Prefixes<M::Cache>,
+) {
+    while active.len() < limits.parallel
+        && let Some(mut sequence) = waiting.pop_front()
+    {
+        let cached = sequence.cached;
+        let start = head_start(&sequence, active, prefixes);
+        sequence.catch_up(start);
+        let wanted = || active.iter().chain([&sequence]).map(|sequence| sequence.cache.growth(sequence.unread().len() + MARGIN)).sum();
+        if !make_room(model, limits.cache, prefixes, wanted) && !active.is_empty() {
+            // Who waits holds nothing.
+            (sequence.cache, sequence.cached) = (model.cache(), cached);
+            waiting.push_front(sequence);
+            return;
         }
-        complete.push(now == unread.len());
-        *read += now;
-        if now > 0 {
-            let logits = if now == unread.len() { Logits::Last } else { Logits::None };
-            steps.push(Step { tokens: &unread[..now], cache, logits });
-        }
+        sequence.started.get_or_insert_with(Instant::now);
+        active.push(sequence);
     }
-    if steps.is_empty() {
-        return Ok(Vec::new());
-    }
-    let logits = model.forward(&mut steps, &mut NoProbe)?;
-    let rows = if complete.contains(&true) { logits.to_vec2()? } else { Vec::new() };
-    let mut rows = rows.into_iter();
-    Ok(complete.into_iter().map(|complete| if complete { rows.next() } else { None }).collect())
 }
 
-impl<C> Sequence<C> {
-    fn new(job: Job, cache: C) -> Self {
-        Self { tokens: job.prompt.clone(), read: 0, cache, started: Instant::now(), first_token: None, job }
+/// Forgets prefixes until there is room for `wanted` bytes more, which may shrink on the way; false if there is not enough to forget.
+fn make_room<M: LanguageModel>(model: &M, limit: usize, prefixes: &mut Prefixes<M::Cache>, wanted: impl Fn() -> usize) -> bool {
+    while model.held() + wanted() > limit {
+        if !prefixes.forget() {
+            return false;
+        }
+    }
+    true
+}
+
+/// A cache that knows more of how a sequence begins than its own does, from who finished or runs. The last token is left: its logits are wanted.
+fn head_start<C: Memory>(sequence: &Sequence<C>, active: &[Sequence<C>], prefixes: &mut Prefixes<C>) -> Option<C> {
+    let least = sequence.cache.len() + LEAST;
+    let wanted = &sequence.tokens[..sequence.tokens.len() - 1];
+    if wanted.len() < least {
+        return None;
+    }
+    let running = active.iter().map(|other| (&other.cache, common(wanted, &other.tokens[..other.cache.len()])));
+    let (cache, shared) = running.chain(prefixes.longest(wanted)).max_by_key(|(_, shared)| *shared)?;
+    if shared < least {
+        return None;
+    }
+    // Where a device has no memory for a copy, tokens are read again.
+    cache.fork(shared).ok().filter(|fork| fork.len() >= least)
+}
+
+/// Shares of a pass with so many rows of prompts.
+fn share<C: Memory>(active: &[Sequence<C>], rows: usize, shortest_first: bool) -> Vec<Share> {
+    let mut shares: Vec<Share> = active.iter().map(Sequence::next_token).collect();
+    let mut reading: Vec<usize> = (0..active.len()).filter(|&i| active[i].unread().len() > 1).collect();
+    if shortest_first {
+        reading.sort_by_key(|&i| active[i].unread().len());
+    }
+    let (mut room, mut chosen) = (rows, Vec::new());
+    for i in reading {
+        let sequence = &active[i];
+        // Who begins as one does that is being read will take over what that one has read.
+        let waits = |&other: &usize| common(&active[other].tokens, &sequence.tokens) >= sequence.cache.len() + LEAST;
+        let unread = sequence.unread();
+        if chosen.is_empty() {
+            shares[i].tokens = unread[..unread.len().min(room)].to_vec();
+            room = TOGETHER.min(room).saturating_sub(unread.len());
+            chosen.push(i);
+        } else if unread.len() <= room && !chosen.iter().any(waits) {
+            shares[i].tokens = unread.to_vec();
+            room -= unread.len();
+            chosen.push(i);
+        }
+    }
+    shares
+}
+
+/// One pass. Returns rows of logits for each sequence, none where it has more to read.
+fn pass<M: LanguageModel>(
+    model: &M,
+    active: &mut [Sequence<M::Cache>],
+    shares: &[Share],
+    pace: &mut Pace,
+) -> Result<Vec<Vec<Vec<f32>>>, DecoderError> {
+    let mut steps = Vec::with_capacity(active.len());
+    let mut wanted = Vec::with_capacity(active.len());
+    for (sequence, share) in active.iter_mut().zip(shares) {
+        let logits = match share.tokens.len() {
+            new if new < sequence.unread().len() => Logits::None,
+            _ if share.guessed > 0 => Logits::All,
+            _ => Logits::Last,
+        };
+        wanted.push(if logits == Logits::None { 0 } else { 1 + share.guessed });
+        if !share.tokens.is_empty() {
+            steps.push(Step { tokens: &share.tokens, cache: &mut sequence.cache, logits });
+        }
+    }
+    let rows = shares.iter().map(|share| share.tokens.len()).sum();
+    let start = Instant::now();
+    let logits = model.forward(&mut steps, &mut NoProbe)?;
+    let mut logits = if wanted.iter().any(|wanted| *wanted > 0) { logits.to_vec2()? } else { Vec::new() }.into_iter();
+    pace.learn(rows, start.elapsed());
+    Ok(wanted.into_iter().map(|wanted| logits.by_ref().take(wanted).collect()).collect())
+}
+
+/// How long a row of a pass takes, as far as that is known.
+struct Pace(Option<Duration>);
+
+impl Pace {
+    /// Rows of prompts that the next pass may have, at most `chunk`.
+    fn rows(&self, chunk: usize, someone_writes: bool) -> usize {
+        let patience = if someone_writes { PATIENCE } else { 4 * PATIENCE };
+        let rows = self.0.map_or(FIRST_ROWS, |row| (patience.as_secs_f64() / row.as_secs_f64()) as usize);
+        rows.max(FEWEST_ROWS).min(chunk.max(1))
     }
 
-    /// Chooses the next token and says what it means; breaks when the text is complete.
-    fn take(&mut self, logits: &mut [f32], ends: &BTreeSet<u32>, model: &impl LanguageModel<Cache = C>) -> ControlFlow<()> {
-        let token = self.job.sampler.sample(logits);
-        self.tokens.push(token);
-        self.first_token.get_or_insert_with(Instant::now);
-        match self.show(token, ends) {
-            Ok(None) => ControlFlow::Continue(()),
-            Ok(Some(reason)) => {
-                self.send(Event::Done(self.finish(reason, model.answering(&self.cache))));
-                ControlFlow::Break(())
-            }
-            Err(error) => {
-                fail(&self.job, &error.to_string());
-                ControlFlow::Break(())
-            }
+    /// Learns from a pass; one of a few rows says nothing about many.
+    fn learn(&mut self, rows: usize, took: Duration) {
+        if rows >= FEWEST_ROWS {
+            self.0 = Some((took / rows as u32).max(Duration::from_nanos(1)));
         }
+    }
+}
+
+impl<C: Memory> Sequence<C> {
+    fn new(job: Job, cache: C, lookup: usize) -> Self {
+        let (tokens, trust) = (job.prompt.clone(), Trust::new(lookup));
+        Self { job, tokens, cache, cached: 0, trust, started: None, first_token: None }
+    }
+
+    /// What the model has not read.
+    fn unread(&self) -> &[u32] {
+        &self.tokens[self.cache.len()..]
+    }
+
+    /// Goes on from a cache that knows more than its own.
+    fn catch_up(&mut self, start: Option<C>) {
+        let Some(start) = start else { return };
+        if self.first_token.is_none() {
+            self.cached = (self.cached + start.len() - self.cache.len()).min(self.job.prompt.len());
+        }
+        self.cache = start;
+    }
+
+    /// The share of a sequence that has only its newest token to read; nothing for others.
+    fn next_token(&self) -> Share {
+        let &[token] = self.unread() else { return Share::default() };
+        let left = (self.job.prompt.len() + self.job.max_tokens).saturating_sub(self.tokens.len() + 1);
+        let most = if self.cache.rewinds() { self.trust.tokens().min(left) } else { 0 };
+        let guess = if self.trust.guesses() { guess(&self.tokens, most.max(1)) } else { &[] };
+        let checked = &guess[..guess.len().min(most)];
+        Share { tokens: [&[token], checked].concat(), guessed: checked.len(), next: guess.first().copied() }
+    }
+
+    /// Chooses the tokens that rows of logits lead to, as long as the share's guesses are right; breaks when the text is complete.
+    fn take(&mut self, share: &Share, rows: Vec<Vec<f32>>, ends: &BTreeSet<u32>, model: &impl LanguageModel<Cache = C>) -> ControlFlow<()> {
+        let mut guesses = share.tokens[share.tokens.len() - share.guessed..].iter();
+        let (mut flow, mut right, known) = (ControlFlow::Continue(()), 0, self.tokens.len());
+        for mut logits in rows {
+            let token = self.job.sampler.sample(&mut logits);
+            self.tokens.push(token);
+            self.first_token.get_or_insert_with(Instant::now);
+            flow = self.tell(token, ends, model);
+            if flow.is_break() || guesses.next() != Some(&token) {
+                break;
+            }
+            right += 1;
+        }
+        if let Some(&first) = self.tokens.get(known) {
+            self.trust.learn(share.guessed, right, share.next == Some(first));
+        }
+        if share.guessed > 0 {
+            self.cache.truncate(self.tokens.len() - 1);
+        }
+        flow
+    }
+
+    /// Says what a token means; breaks when the text is complete.
+    fn tell(&mut self, token: u32, ends: &BTreeSet<u32>, model: &impl LanguageModel<Cache = C>) -> ControlFlow<()> {
+        match self.show(token, ends) {
+            Ok(None) => return ControlFlow::Continue(()),
+            Ok(Some(reason)) => self.send(Event::Done(self.finish(reason, model.answering(&self.cache)))),
+            Err(error) => fail(&self.job, &error.to_string()),
+        }
+        ControlFlow::Break(())
     }
 
     /// Sends the text that the token completes; returns why the text ends here, if it does.
@@ -177,12 +381,14 @@ impl<C> Sequence<C> {
     }
 
     fn finish(&self, reason: FinishReason, expert: Option<usize>) -> Finish {
-        let first = self.first_token.unwrap_or(self.started);
+        let started = self.started.unwrap_or_else(Instant::now);
+        let first = self.first_token.unwrap_or(started);
         Finish {
             reason,
             prompt_tokens: self.job.prompt.len(),
+            cached_tokens: self.cached,
             completion_tokens: self.tokens.len() - self.job.prompt.len(),
-            prefill: first - self.started,
+            prefill: first - started,
             decode: first.elapsed(),
             expert,
         }

@@ -68,14 +68,18 @@ impl ChatTemplate {
     /// The template among a model's sidecars (`chat_template.jinja`, then `chat_template.json`, then `tokenizer_config.json`), if there is one.
     /// `tokens` are the special tokens by their names in `tokenizer_config.json`: `bos_token`, `eos_token` ...
     pub fn open(sidecars: &BTreeMap<String, Sidecar>, tokens: BTreeMap<String, String>) -> Result<Option<Self>, TemplateError> {
-        let source = match text(sidecars, "chat_template.jinja")? {
+        Self::text(sidecars)?.map(|source| Self::new(&source, tokens)).transpose()
+    }
+
+    /// The text of that template.
+    pub fn text(sidecars: &BTreeMap<String, Sidecar>) -> Result<Option<String>, TemplateError> {
+        Ok(match text(sidecars, "chat_template.jinja")? {
             Some(text) => Some(text),
             None => match from_json(sidecars, "chat_template.json")? {
                 Some(text) => Some(text),
                 None => from_json(sidecars, "tokenizer_config.json")?,
             },
-        };
-        source.map(|source| Self::new(&source, tokens)).transpose()
+        })
     }
 
     /// Compiles a template.

@@ -73,6 +73,7 @@ impl From<EngineError> for ApiError {
             EngineError::Sidecar(_)
             | EngineError::Tokenizer(_)
             | EngineError::Template(_)
+            | EngineError::Cache { .. }
             | EngineError::Failed(_)
             | EngineError::Thread(_) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, message),
         }

@@ -216,11 +216,18 @@ fn message(i: usize, message: &Value) -> Result<Value, ApiError> {
 
 /// Counts of tokens.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
-#[expect(clippy::struct_field_names, reason = "OpenAI's names")]
 pub(super) struct Usage {
     prompt_tokens: usize,
     completion_tokens: usize,
     total_tokens: usize,
+    prompt_tokens_details: PromptTokens,
+}
+
+/// Of a prompt's tokens.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+struct PromptTokens {
+    /// that need not be read again
+    cached_tokens: usize,
 }
 
 impl Usage {
@@ -228,6 +235,7 @@ impl Usage {
     pub(super) fn add(&mut self, choice: usize, n: usize, finish: &Finish) {
         if choice.is_multiple_of(n) {
             self.prompt_tokens += finish.prompt_tokens;
+            self.prompt_tokens_details.cached_tokens += finish.cached_tokens;
         }
         self.completion_tokens += finish.completion_tokens;
         self.total_tokens = self.prompt_tokens + self.completion_tokens;

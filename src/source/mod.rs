@@ -2,7 +2,7 @@
 
 mod error;
 mod extent;
-mod gguf;
+pub(crate) mod gguf;
 mod hub;
 mod licence;
 mod lora;

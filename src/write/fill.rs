@@ -163,7 +163,6 @@ fn perform(
     if let Some(extent) = composite.copied(job.tensor, job.part) {
         let source = extent.file.open()?;
         let start = planned.info.dtype.bytes(job.elements.start) as u64;
-        read_ahead(&source, extent.offset + start, job.bytes);
         let shared = if sharing { share(extent, &source, start, file, job)? } else { 0..0 };
         for run in [0..shared.start, shared.clone(), shared.end..job.bytes] {
             for at in run.clone().step_by(BUFFER) {
@@ -190,16 +189,6 @@ fn perform(
     }
     Ok(crc.finalize())
 }
-
-/// Has the file system fetch what is about to be read: a file opened anew is not known to be read in order.
-#[cfg(target_os = "linux")]
-fn read_ahead(file: &File, offset: u64, bytes: u64) {
-    // A hint: refused, it changes no more than the speed.
-    let _ = rustix::fs::fadvise(file.file(), offset, std::num::NonZeroU64::new(bytes), rustix::fs::Advice::WillNeed);
-}
-
-#[cfg(not(target_os = "linux"))]
-fn read_ahead(_: &File, _: u64, _: u64) {}
 
 /// Has the file system share those blocks of the job's bytes that lie whole in source and output, and says which bytes of the job they are;
 /// none where it cannot.
@@ -288,14 +277,14 @@ fn finite(bytes: &[u8], dtype: Dtype) -> bool {
 }
 
 #[cfg(unix)]
-fn write_at(file: &File, bytes: &[u8], offset: u64) -> std::io::Result<()> {
+pub(super) fn write_at(file: &File, bytes: &[u8], offset: u64) -> std::io::Result<()> {
     use std::os::unix::fs::FileExt as _;
     let named = |error: std::io::Error| std::io::Error::new(error.kind(), format!("cannot write `{}`: {error}", file.path().display()));
     file.file().write_all_at(bytes, offset).map_err(named)
 }
 
 #[cfg(windows)]
-fn write_at(file: &File, mut bytes: &[u8], mut offset: u64) -> std::io::Result<()> {
+pub(super) fn write_at(file: &File, mut bytes: &[u8], mut offset: u64) -> std::io::Result<()> {
     use std::os::windows::fs::FileExt as _;
     while !bytes.is_empty() {
         let written = file.file().seek_write(bytes, offset)?;

@@ -1,4 +1,4 @@
-//! A composite onto disk, as a Hugging Face directory.
+//! A composite onto disk, as a Hugging Face directory; [`gguf`]: any model as one file.
 //!
 //! Shards are laid out before a byte is written and filled in parallel at disjoint ranges of `.partial` files. When all of them are synced
 //! they get their names, `config.json` last, so that a directory that was not finished is not a model. A second run goes on where the
@@ -6,6 +6,7 @@
 
 mod card;
 mod fill;
+pub mod gguf;
 mod manifest;
 mod shard;
 mod state;

@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use candle_core::{DType, Device};
 use upcycle::{
     calibrate,
-    engine::{Engine, Options, Text},
+    engine::{Engine, EngineError, Options, Text},
     plan::{self, Sources},
     recipe,
     source::{self, OpenOptions, Source},
 };
-use upcycle_architectures::decoder::{Decoder, Ensemble};
+use upcycle_architectures::decoder::{Decoder, Ensemble, KvType};
 
 /// The directory of a bundled model.
 pub fn demo(name: &str) -> PathBuf {
@@ -19,7 +19,13 @@ pub fn demo(name: &str) -> PathBuf {
 
 /// An engine over a bundled model.
 pub fn engine(name: &str, options: Options) -> Engine {
-    with_text(name, options, |text| text)
+    try_engine(name, options).unwrap()
+}
+
+/// The same, or why there is none.
+pub fn try_engine(name: &str, options: Options) -> Result<Engine, EngineError> {
+    let source = open(name);
+    Engine::start(decoder(&source), Text::open(&source.sidecars, &source.config).unwrap(), options)
 }
 
 /// The same with a changed tokenizer, template or sampling.
@@ -27,6 +33,13 @@ pub fn with_text(name: &str, options: Options, change: impl FnOnce(Text) -> Text
     let source = open(name);
     let text = Text::open(&source.sidecars, &source.config).unwrap();
     Engine::start(decoder(&source), change(text), options).unwrap()
+}
+
+/// An engine over a bundled model whose keys and values are kept in this type.
+pub fn kept_as(kv_type: KvType, name: &str, options: Options) -> Engine {
+    let source = open(name);
+    let text = Text::open(&source.sidecars, &source.config).unwrap();
+    Engine::start(decoder(&source).with_kv_type(kv_type).unwrap(), text, options).unwrap()
 }
 
 /// An engine over the bundled experts, composed in memory with gates that need no fitting.

@@ -61,7 +61,7 @@ impl Attention {
             let tokens = step.tokens.len();
             let own = |all: &Tensor| all.narrow(0, start, tokens)?.transpose(0, 1); // [heads, T, hd]
             let first = step.cache.len();
-            let (keys, values) = step.cache.layers[layer].write(first, &own(&k)?, &own(&v)?)?; // [KV, S, hd]
+            let (keys, values) = step.cache.write(layer, &own(&k)?, &own(&v)?)?; // [KV, S, hd]
             outputs.push(self.attend(&own(&q)?, &keys, &values, first)?);
             start += tokens;
         }
@@ -109,20 +109,15 @@ impl Attention {
         let [q_rows, k_rows, v_rows] = rows;
         let row = kv_heads * head_dim;
         let mut start = 0;
-        let mut held = Vec::with_capacity(steps.len());
         for step in steps.iter_mut().filter(|step| !step.tokens.is_empty()) {
-            let (tokens, first) = (step.tokens.len(), step.cache.len());
-            let own = start * row..(start + tokens) * row;
-            let cache = &mut step.cache.layers[layer];
-            cache.write_rows(first, &k_rows[own.clone()], &v_rows[own], [kv_heads, head_dim])?;
-            if let Some((keys, values)) = cache.held() {
-                held.push((tokens, first, keys.dim(1)?, Values::of(keys)?, Values::of(values)?));
-            }
-            start += tokens;
+            let own = start * row..(start + step.tokens.len()) * row;
+            step.cache.write_rows(layer, &k_rows[own.clone()], &v_rows[own]);
+            start += step.tokens.len();
         }
-        let mut sequences = Vec::with_capacity(held.len());
-        for (tokens, first, room, keys, values) in &held {
-            sequences.push(Sequence { tokens: *tokens, first: *first, keys: keys.slice()?, values: values.slice()?, room: *room });
+        let mut sequences = Vec::with_capacity(steps.len());
+        for step in steps.iter().filter(|step| !step.tokens.is_empty()) {
+            let Some((kv_type, blocks)) = step.cache.blocks(layer) else { candle_core::bail!("the CPU's kernels want a cache in blocks") };
+            sequences.push(Sequence { tokens: step.tokens.len(), first: step.cache.len(), kv_type, blocks });
         }
         let mut mixed = vec![0f32; q_rows.len()];
         attend(q.kernels, Heads { heads, kv_heads, head_dim, window: self.window }, &q_rows, &sequences, &mut mixed);

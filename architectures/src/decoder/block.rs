@@ -5,7 +5,7 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use super::{Cache, DecoderError, Layer, LayerMlp, Logits, Step, load::Model, matrix::Placement, rope::Table};
+use super::{Cache, DecoderError, KvType, Layer, LayerMlp, Logits, Step, cache::Caches, load::Model, matrix::Placement, rope::Table};
 use crate::{
     config::Config,
     family::{AttentionPart, Family},
@@ -36,6 +36,7 @@ impl Sequences {
 /// One layer of a dense model.
 pub struct Block {
     layer: Layer,
+    caches: Caches,
 }
 
 impl Block {
@@ -50,7 +51,8 @@ impl Block {
         let placement =
             Placement { device: device.clone(), weights: DType::F32, activations: DType::F32, mapped: device.is_cpu().then(Kernels::best) };
         let model = Model { family, config, weights, placement: &placement };
-        Ok(Self { layer: model.reader().layer(layer)? })
+        let caches = Caches::new(config, 1, device.is_cpu().then_some(KvType::F32));
+        Ok(Self { layer: model.reader().layer(layer)?, caches })
     }
 
     /// Residual stream [N, D] -> what q, k and v see [N, D].
@@ -71,7 +73,7 @@ impl Block {
 
     /// What q, k and v see [N, D] -> what o sees [N, H hd].
     pub fn attend(&self, normed: &Tensor, sequences: &Sequences) -> Result<Tensor> {
-        let mut caches: Vec<Cache> = sequences.tokens.iter().map(|_| Cache::new(1)).collect();
+        let mut caches: Vec<Cache> = sequences.tokens.iter().map(|_| Cache::new(&self.caches)).collect();
         let tokens = sequences.tokens.iter().zip(&mut caches);
         let mut steps: Vec<Step<'_>> = tokens.map(|(tokens, cache)| Step { tokens, cache, logits: Logits::None }).collect();
         self.layer.attention.forward(normed, &sequences.rope, 0, &mut steps)

@@ -10,7 +10,7 @@ use upcycle_routers::{
     route::Routing,
 };
 
-use super::{Cache, Decoder, DecoderError, LanguageModel, Logits, NoProbe, Probe, Step, new_tokens};
+use super::{Cache, Decoder, DecoderError, KvType, LanguageModel, Logits, Memory, NoProbe, Probe, Step, cache::Caches, new_tokens};
 use crate::config::Config;
 
 /// Several decoders, of which each sequence is answered by one.
@@ -27,7 +27,7 @@ pub struct Ensemble {
 #[derive(Debug)]
 pub struct EnsembleCache {
     /// of each expert
-    layers: Vec<usize>,
+    caches: Vec<Caches>,
     len: usize,
     left: Vec<Member>,
     /// tokens after which one was left
@@ -46,9 +46,9 @@ struct Member {
 }
 
 impl EnsembleCache {
-    fn new(layers: Vec<usize>) -> Self {
-        let member = |(expert, layers): (usize, &usize)| Member { expert, cache: Cache::new(*layers), likelihood: 0.0, next: None };
-        Self { len: 0, left: layers.iter().enumerate().map(member).collect(), decided: 0, layers }
+    fn new(caches: Vec<Caches>) -> Self {
+        let member = |(expert, caches): (usize, &Caches)| Member { expert, cache: Cache::new(caches), likelihood: 0.0, next: None };
+        Self { len: 0, left: caches.iter().enumerate().map(member).collect(), decided: 0, caches }
     }
 
     /// Tokens held.
@@ -75,7 +75,7 @@ impl EnsembleCache {
                 only.cache.truncate(len);
                 self.len = len;
             }
-            _ => *self = Self::new(std::mem::take(&mut self.layers)),
+            _ => *self = Self::new(std::mem::take(&mut self.caches)),
         }
     }
 
@@ -95,6 +95,35 @@ impl EnsembleCache {
     }
 }
 
+impl Memory for EnsembleCache {
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn truncate(&mut self, len: usize) {
+        self.truncate(len);
+    }
+
+    fn rewinds(&self) -> bool {
+        self.left.len() == 1 && self.len > self.decided
+    }
+
+    fn fork(&self, len: usize) -> Result<Self> {
+        let member = |member: &Member| {
+            let cache = member.cache.fork(self.len)?;
+            Ok(Member { cache, next: member.next.clone(), ..*member })
+        };
+        let left = self.left.iter().map(member).collect::<Result<_>>()?;
+        let mut fork = Self { caches: self.caches.clone(), len: self.len, left, decided: self.decided };
+        fork.truncate(len);
+        Ok(fork)
+    }
+
+    fn growth(&self, tokens: usize) -> usize {
+        self.left.iter().map(|member| member.cache.growth(tokens)).sum()
+    }
+}
+
 impl Ensemble {
     /// The experts share a vocabulary: ids beyond the smallest are not known. Their other dimensions may differ; what [`LanguageModel::config`]
     /// gives is the first expert's, with the vocabulary and the context that all have.
@@ -102,6 +131,12 @@ impl Ensemble {
         let least = |of: fn(&Config) -> usize| experts.iter().map(|expert| of(&expert.config)).min().ok_or(DecoderError::NoExperts);
         let (vocab, max_positions) = (least(|config| config.vocab)?, least(|config| config.max_positions)?);
         Ok(Self { config: Config { vocab, max_positions, ..experts[0].config.clone() }, experts })
+    }
+
+    /// The same with keys and values of another type: [`Decoder::with_kv_type`].
+    pub fn with_kv_type(self, kv_type: KvType) -> std::result::Result<Self, DecoderError> {
+        let experts = self.experts.into_iter().map(|expert| expert.with_kv_type(kv_type)).collect::<std::result::Result<_, _>>()?;
+        Ok(Self { experts, ..self })
     }
 
     /// E
@@ -151,13 +186,17 @@ impl LanguageModel for Ensemble {
     }
 
     fn cache(&self) -> EnsembleCache {
-        EnsembleCache::new(self.experts.iter().map(|expert| expert.layers.len()).collect())
+        EnsembleCache::new(self.experts.iter().map(|expert| expert.caches.clone()).collect())
+    }
+
+    fn held(&self) -> usize {
+        self.experts.iter().map(|expert| expert.caches.held()).sum()
     }
 
     fn forward(&self, steps: &mut [Step<'_, EnsembleCache>], probe: &mut dyn Probe) -> std::result::Result<Tensor, DecoderError> {
         let experts = self.experts.len();
-        if let Some(step) = steps.iter().find(|step| step.cache.layers.len() != experts) {
-            return Err(DecoderError::Cache { expected: experts, found: step.cache.layers.len() });
+        if let Some(step) = steps.iter().find(|step| step.cache.caches.len() != experts) {
+            return Err(DecoderError::Cache { expected: experts, found: step.cache.caches.len() });
         }
         let tokens = new_tokens(steps, self.config.vocab)?;
         let mut runs: Vec<Run<'_>> = steps.iter_mut().map(Run::new).collect();

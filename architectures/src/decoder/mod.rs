@@ -27,6 +27,7 @@ use upcycle_routers::route::Routing;
 
 use self::{
     attention::Attention,
+    cache::Caches,
     load::Model,
     matrix::{Matrix, Placement},
     mlp::Mlp,
@@ -41,9 +42,10 @@ pub use self::{
     load::tensor,
     train::Substitute,
 };
+pub use crate::kernels::attention::KvType;
 use crate::{
     config::Config,
-    family::{Family, Role},
+    family::{Family, LayerRole, Projection, Role},
     kernels::Kernels,
     weights::{Weights, WeightsError},
 };
@@ -103,7 +105,7 @@ impl Probe for NoProbe {}
 /// What gives the next tokens' logits: a [`Decoder`], or an [`Ensemble`] of whole ones.
 pub trait LanguageModel {
     /// What is remembered of one sequence.
-    type Cache;
+    type Cache: Memory;
 
     /// Dimensions and switches.
     fn config(&self) -> &Config;
@@ -111,12 +113,60 @@ pub trait LanguageModel {
     /// An empty cache for one sequence.
     fn cache(&self) -> Self::Cache;
 
+    /// Bytes that all its caches hold, what several share counted once.
+    fn held(&self) -> usize;
+
     /// Runs the new tokens of all sequences. Returns the wanted logits as f32 [rows, V], in the order of `steps`.
     fn forward(&self, steps: &mut [Step<'_, Self::Cache>], probe: &mut dyn Probe) -> std::result::Result<Tensor, DecoderError>;
 
     /// The expert that answers a sequence as a whole, or is most likely to; `None` where there is no such choice.
     fn answering(&self, _cache: &Self::Cache) -> Option<usize> {
         None
+    }
+}
+
+/// What a model remembers of one sequence.
+pub trait Memory: Sized {
+    /// Tokens remembered.
+    fn len(&self) -> usize;
+
+    /// Whether there are none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Forgets the tokens from position `len` on, and more than that where it must: [`Memory::len`] says where to go on.
+    fn truncate(&mut self, len: usize);
+
+    /// Whether the newest tokens can be forgotten alone.
+    fn rewinds(&self) -> bool;
+
+    /// Another memory of the first `len` tokens, or of fewer: [`Memory::len`] says how many. What can be shared is.
+    fn fork(&self, len: usize) -> Result<Self>;
+
+    /// Bytes that so many tokens more would take.
+    fn growth(&self, tokens: usize) -> usize;
+}
+
+impl Memory for Cache {
+    fn len(&self) -> usize {
+        self.len()
+    }
+
+    fn truncate(&mut self, len: usize) {
+        self.truncate(len);
+    }
+
+    fn rewinds(&self) -> bool {
+        true
+    }
+
+    fn fork(&self, len: usize) -> Result<Self> {
+        self.fork(len)
+    }
+
+    fn growth(&self, tokens: usize) -> usize {
+        self.growth(tokens)
     }
 }
 
@@ -129,6 +179,10 @@ impl LanguageModel for Decoder {
 
     fn cache(&self) -> Cache {
         self.cache()
+    }
+
+    fn held(&self) -> usize {
+        self.caches.held()
     }
 
     fn forward(&self, steps: &mut [Step<'_>], probe: &mut dyn Probe) -> std::result::Result<Tensor, DecoderError> {
@@ -200,6 +254,15 @@ pub enum DecoderError {
         /// of the cache
         found: usize,
     },
+    /// a cache of a model with other heads
+    #[error("the cache is another model's: its keys are of another shape")]
+    Keys,
+    /// heads that a type does not fit
+    #[error("keys and values cannot be kept as q8_0: heads of {head_dim} are no multiple of 32; f16 and f32 take any")]
+    KvType {
+        /// hd
+        head_dim: usize,
+    },
     /// models that do not make an ensemble
     #[error("an ensemble needs experts")]
     NoExperts,
@@ -230,6 +293,7 @@ pub struct Decoder {
     layers: Vec<Layer>,
     final_norm: Norm,
     head: Matrix,
+    caches: Caches,
 }
 
 #[derive(Debug, Clone)]
@@ -295,7 +359,14 @@ impl Decoder {
             layers: (0..config.layers).into_par_iter().map(|layer| model.reader().layer(layer)).collect::<std::result::Result<_, _>>()?,
             final_norm: reader.norm(Role::FinalNorm, config.hidden)?,
             head,
+            caches: Caches::new(config, config.layers, placement.mapped.map(|_| KvType::F32)),
         })
+    }
+
+    /// The same with keys and values of another type in its caches, f32 if not said. On devices they are of the computing type whatever is
+    /// said here.
+    pub fn with_kv_type(self, kv_type: KvType) -> std::result::Result<Self, DecoderError> {
+        Ok(Self { caches: self.caches.of_type(kv_type)?, ..self })
     }
 
     /// The model's config.
@@ -313,7 +384,7 @@ impl Decoder {
 
     /// An empty cache for one sequence.
     pub fn cache(&self) -> Cache {
-        Cache::new(self.layers.len())
+        Cache::new(&self.caches)
     }
 
     /// What an expert of a sparse layer makes of router inputs x [N, D], whoever is chosen for them: [N, D]. `None` if there is no such expert.
@@ -324,13 +395,27 @@ impl Decoder {
         }
     }
 
+    /// What the down projection `role` of a layer is multiplied with, [N, F], when its MLP sees x [N, D]. `None` if there is no such projection.
+    pub fn hidden(&self, layer: usize, role: LayerRole, x: &Tensor) -> Result<Option<Tensor>> {
+        let mlp = match (self.layers.get(layer).map(|layer| &layer.mlp), role) {
+            (Some(LayerMlp::Dense(mlp)), LayerRole::Mlp(Projection::Down)) => Some(mlp),
+            (Some(LayerMlp::Sparse(sparse)), LayerRole::Expert(e, Projection::Down)) => sparse.experts.get(e),
+            (Some(LayerMlp::Sparse(sparse)), LayerRole::SharedExpert(Projection::Down)) => sparse.shared.as_ref().map(|(mlp, _)| mlp),
+            _ => None,
+        };
+        mlp.map(|mlp| mlp.hidden(x)).transpose()
+    }
+
     /// Runs the new tokens of all sequences. Returns the wanted logits as f32 [rows, V], in the order of `steps`.
     ///
     /// If the probe stops the pass or an error does, there are no logits and every cache keeps the tokens that it had.
     pub fn forward(&self, steps: &mut [Step<'_>], probe: &mut dyn Probe) -> std::result::Result<Tensor, DecoderError> {
         for step in steps.iter() {
-            if step.cache.layers.len() != self.layers.len() {
-                return Err(DecoderError::Cache { expected: self.layers.len(), found: step.cache.layers.len() });
+            if step.cache.layers() != self.layers.len() {
+                return Err(DecoderError::Cache { expected: self.layers.len(), found: step.cache.layers() });
+            }
+            if !step.cache.fits(&self.caches) {
+                return Err(DecoderError::Keys);
             }
         }
         let tokens = new_tokens(steps, self.config.vocab)?;

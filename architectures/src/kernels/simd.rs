@@ -28,6 +28,7 @@ pub(super) trait Simd: Copy + 'static {
     unsafe fn load(from: *const f32) -> Self::Vector;
     unsafe fn load_bf16(from: *const u8) -> Self::Vector;
     unsafe fn load_f16(from: *const u8) -> Self::Vector;
+    unsafe fn load_i8(from: *const u8) -> Self::Vector;
     unsafe fn store(to: *mut f32, x: Self::Vector);
     unsafe fn max(a: Self::Vector, b: Self::Vector) -> Self::Vector;
     /// a b + c
@@ -153,6 +154,16 @@ impl Simd for Plain {
         let mut x = [0.0; PLAIN];
         for i in 0..PLAIN {
             x[i] = f16::from_bits(bits[i]).to_f32();
+        }
+        x
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8(from: *const u8) -> Self::Vector {
+        let bytes = unsafe { from.cast::<[i8; PLAIN]>().read_unaligned() };
+        let mut x = [0.0; PLAIN];
+        for i in 0..PLAIN {
+            x[i] = f32::from(bytes[i]);
         }
         x
     }

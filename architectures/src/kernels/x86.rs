@@ -125,6 +125,11 @@ macro_rules! avx512 {
             }
 
             #[inline(always)]
+            unsafe fn load_i8(from: *const u8) -> Self::Vector {
+                unsafe { arch::_mm512_cvtepi32_ps(arch::_mm512_cvtepi8_epi32(arch::_mm_loadu_si128(from.cast()))) }
+            }
+
+            #[inline(always)]
             unsafe fn store(to: *mut f32, x: Self::Vector) {
                 unsafe { arch::_mm512_storeu_ps(to, x) };
             }
@@ -202,6 +207,11 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn load_f16(from: *const u8) -> Self::Vector {
         unsafe { arch::_mm256_cvtph_ps(arch::_mm_loadu_si128(from.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8(from: *const u8) -> Self::Vector {
+        unsafe { arch::_mm256_cvtepi32_ps(arch::_mm256_cvtepi8_epi32(arch::_mm_loadl_epi64(from.cast()))) }
     }
 
     #[inline(always)]

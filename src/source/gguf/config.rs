@@ -32,7 +32,15 @@ pub(super) fn make(gguf: &Gguf) -> Result<Value> {
     let needed = |name: &str| optional(name)?.ok_or_else(|| missing(&key(name)));
 
     let experts = optional("expert_count")?.unwrap_or(0);
-    let model_type = if experts > 0 { sparse } else { dense };
+    let has = |name: &str| gguf.tensors.contains_key(name);
+    let window = optional("attention.sliding_window")?;
+    let model_type = match (dense, experts) {
+        // Experts behind attention with biases: Qwen2, which `qwen2moe` cannot hold where weights are normalised.
+        ("llama", 1..) if has("blk.0.attn_q.bias") => "qwen2_moe",
+        ("llama", 0) if window.is_some() => "mistral",
+        (dense, 0) => dense,
+        _ => sparse,
+    };
     let family = upcycle_architectures::FAMILIES.iter().find(|family| family.model_type == model_type);
     let (hidden, heads) = (needed("embedding_length")?, needed("attention.head_count")?);
     let head_dim = match optional("attention.key_length")? {
@@ -47,7 +55,6 @@ pub(super) fn make(gguf: &Gguf) -> Result<Value> {
     // A sparse Qwen may state no size for a dense MLP, for it has none.
     let expert_ffn = optional("expert_feed_forward_length")?.or_else(|| shape("blk.0.ffn_gate_exps.weight", 1));
     let ffn = optional("feed_forward_length")?.or(expert_ffn).ok_or_else(|| missing(&key("feed_forward_length")))?;
-    let has = |name: &str| gguf.tensors.contains_key(name);
 
     let mut config = json!({
         "architectures": [family.map_or("", |family| family.architecture)],
@@ -74,7 +81,7 @@ pub(super) fn make(gguf: &Gguf) -> Result<Value> {
     if let Some(scaling) = rope_scaling(gguf, architecture, head_dim)? {
         config["rope_scaling"] = scaling;
     }
-    if let Some(window) = optional("attention.sliding_window")?.filter(|_| model_type == "mixtral") {
+    if let Some(window) = window.filter(|_| matches!(model_type, "mistral" | "mixtral")) {
         config["sliding_window"] = json!(window);
     }
     if experts > 0 {
@@ -124,7 +131,7 @@ pub(super) fn special_ids(gguf: &Gguf) -> Result<[(&'static str, Vec<usize>); 3]
 fn rope_scaling(gguf: &Gguf, architecture: &str, head_dim: usize) -> Result<Option<Value>> {
     let key = |name: &str| format!("{architecture}.rope.{name}");
     if gguf.tensors.contains_key("rope_freqs.weight") {
-        return llama3_scaling(gguf, &key("freq_base"), head_dim);
+        return llama3_scaling(gguf, &key, head_dim);
     }
     if gguf.tensors.keys().any(|name| name.starts_with("rope_factors_")) {
         return Err("LongRoPE is not supported in GGUF; use the original checkpoint".into());
@@ -136,6 +143,15 @@ fn rope_scaling(gguf: &Gguf, architecture: &str, head_dim: usize) -> Result<Opti
         (Some("linear") | None, Some(factor)) => Ok(Some(json!({"type": "linear", "rope_type": "linear", "factor": factor}))),
         (Some("yarn"), Some(factor)) => {
             let mut scaling = json!({"type": "yarn", "rope_type": "yarn", "factor": factor});
+            for (name, stored) in [("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")] {
+                if let Some(beta) = gguf.float(&key(&format!("scaling.{stored}")))? {
+                    scaling[name] = json!(beta);
+                }
+            }
+            if let Some(times) = gguf.float(&key("scaling.attn_factor"))? {
+                let usual = if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 };
+                scaling["attention_factor"] = json!(usual * times);
+            }
             if let Some(original) = original {
                 scaling["original_max_position_embeddings"] = json!(original);
             }
@@ -145,21 +161,21 @@ fn rope_scaling(gguf: &Gguf, architecture: &str, head_dim: usize) -> Result<Opti
     }
 }
 
-/// llama.cpp keeps one divisor for each pair of dimensions and forgets the parameters. Those of every Llama 3.1 to 3.3 differ in the
-/// factor alone, which is the largest divisor; that they give these divisors is checked.
-fn llama3_scaling(gguf: &Gguf, base: &str, head_dim: usize) -> Result<Option<Value>> {
-    const LOW: f64 = 1.0;
-    const HIGH: f64 = 4.0;
-    const ORIGINAL: f64 = 8192.0;
+/// llama.cpp keeps one divisor for each pair of dimensions and forgets the parameters, which our own files state. Those of every Llama 3.1 to
+/// 3.3 differ in the factor alone, which is the largest divisor. That they give these divisors is checked.
+fn llama3_scaling(gguf: &Gguf, key: &dyn Fn(&str) -> String, head_dim: usize) -> Result<Option<Value>> {
     let stored = super::tensors::floats(gguf, "rope_freqs.weight")?;
-    let theta = gguf.float(base)?.unwrap_or(10000.0);
+    let theta = gguf.float(&key("freq_base"))?.unwrap_or(10000.0);
+    let low = gguf.float(&key("scaling.low_freq_factor"))?.unwrap_or(1.0);
+    let high = gguf.float(&key("scaling.high_freq_factor"))?.unwrap_or(4.0);
+    let original = gguf.float(&key("scaling.original_context_length"))?.unwrap_or(8192.0);
     let factor = stored.iter().copied().fold(1.0, f32::max);
     if factor <= 1.0 {
         return Ok(None);
     }
     let divisor = |pair: usize| {
         let wavelength = std::f64::consts::TAU * theta.powf(2.0 * pair as f64 / head_dim as f64);
-        let smooth = ((ORIGINAL / wavelength - LOW) / (HIGH - LOW)).clamp(0.0, 1.0);
+        let smooth = ((original / wavelength - low) / (high - low)).clamp(0.0, 1.0);
         1.0 / ((1.0 - smooth) / f64::from(factor) + smooth)
     };
     let fits = stored.iter().enumerate().all(|(pair, stored)| (f64::from(*stored) / divisor(pair) - 1.0).abs() < 1e-3);
@@ -169,7 +185,7 @@ fn llama3_scaling(gguf: &Gguf, base: &str, head_dim: usize) -> Result<Option<Val
         );
     }
     Ok(Some(json!({
-        "type": "llama3", "rope_type": "llama3", "factor": factor, "low_freq_factor": LOW, "high_freq_factor": HIGH,
-        "original_max_position_embeddings": ORIGINAL as usize,
+        "type": "llama3", "rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
+        "original_max_position_embeddings": original as usize,
     })))
 }

@@ -10,7 +10,11 @@ mod tokenizer;
 
 use std::{collections::HashMap, path::Path, sync::Arc};
 
-use self::read::Gguf;
+pub(crate) use self::{
+    read::Gguf,
+    tensors::{floats, names},
+    tokenizer::{GPT2, splitting_name},
+};
 use super::{DataFile, ModelRef, Source, SourceError, map};
 
 /// Whether a file is one, by its first bytes.

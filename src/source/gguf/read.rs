@@ -11,14 +11,14 @@ use candle_core::quantized::GgmlDType;
 use crate::source::{SourceError, map::map};
 
 /// An opened file.
-pub(super) struct Gguf {
+pub(crate) struct Gguf {
     pub(super) metadata: BTreeMap<String, Value>,
-    pub(super) tensors: BTreeMap<String, Stored>,
+    pub(crate) tensors: BTreeMap<String, Stored>,
 }
 
 /// A metadata value.
 #[derive(Clone)]
-pub(super) enum Value {
+pub(crate) enum Value {
     Integer(i64),
     /// f32 values are widened by way of their shortest decimal form: 1e-5 stays 1e-5.
     Float(f64),
@@ -29,7 +29,7 @@ pub(super) enum Value {
 
 /// An array of scalars or strings.
 #[derive(Clone)]
-pub(super) struct Array {
+pub(crate) struct Array {
     kind: u32,
     pub(super) len: usize,
     data: Bytes,
@@ -37,7 +37,7 @@ pub(super) struct Array {
 
 /// A tensor as it lies in the file.
 #[derive(Clone)]
-pub(super) struct Stored {
+pub(crate) struct Stored {
     /// `Err` is the name of a type that is not read.
     pub(super) dtype: Result<GgmlDType, String>,
     /// Row-major: the file's order reversed.
@@ -77,7 +77,7 @@ impl std::fmt::Display for Value {
 
 impl Gguf {
     /// Maps a file and reads its headers.
-    pub(super) fn open(file: &Path) -> Result<Self, SourceError> {
+    pub(crate) fn open(file: &Path) -> Result<Self, SourceError> {
         Self::parse(map(file)?).map_err(|reason| SourceError::Gguf { file: file.to_owned(), reason })
     }
 

@@ -77,7 +77,7 @@ fn share(stack: &Stored, expert: usize) -> Option<Stored> {
 }
 
 /// llama.cpp's names of a role, the present one first.
-fn names(role: Role) -> Vec<String> {
+pub(crate) fn names(role: Role) -> Vec<String> {
     let projection = |projection| match projection {
         Projection::Gate => "ffn_gate",
         Projection::Up => "ffn_up",
@@ -136,7 +136,7 @@ pub(super) fn dtype(stored: &Stored) -> Option<Dtype> {
 }
 
 /// The values of a tensor outside the families' own.
-pub(super) fn floats(gguf: &Gguf, name: &str) -> Result<Vec<f32>, String> {
+pub(crate) fn floats(gguf: &Gguf, name: &str) -> Result<Vec<f32>, String> {
     let stored = gguf.tensors.get(name).ok_or_else(|| format!("tensor `{name}` is missing"))?;
     let dtype = stored.dtype.clone().map_err(|dtype| format!("tensor `{name}` is stored as {dtype}, which is not read"))?;
     let view = Tensor { stored: stored.clone(), dtype, interleaved: None }.read(name).map_err(|error| error.to_string())?;

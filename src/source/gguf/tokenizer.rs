@@ -118,7 +118,7 @@ struct Splitting {
     bos: bool,
 }
 
-const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+pub(crate) const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -142,6 +142,14 @@ fn splitting(name: &str) -> Option<Splitting> {
         "default" => Splitting { patterns: &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"], ..plain },
         _ => return None,
     })
+}
+
+/// The name of a way to split, where one is known for these patterns: the one that has these switches too, or else one that splits alike.
+pub(crate) fn splitting_name(patterns: &[&str], nfc: bool, ignore_merges: bool) -> Option<&'static str> {
+    let names = ["gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "stablelm2", "tekken"];
+    let alike = |name: &str| splitting(name).filter(|splitting| splitting.patterns == patterns);
+    let same = |name: &str| alike(name).is_some_and(|splitting| splitting.nfc == nfc && splitting.ignore_merges == ignore_merges);
+    names.into_iter().find(|name| same(name)).or_else(|| names.into_iter().find(|name| alike(name).is_some()))
 }
 
 /// Byte-level BPE, and whether it begins with BOS by default.
