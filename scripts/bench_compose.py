@@ -1,35 +1,63 @@
 #!/usr/bin/env python3
 """Time composing a checkpoint: `cp` of the same bytes, `upcycle compose`, and any number of `mergekit-moe`s.
 
-usage: bench_compose.py RECIPE WORKDIR --upcycle BIN [--mergekit LABEL=BIN ...] [--rounds 5] [--seed 42]
+usage: bench_compose.py RECIPE WORKDIR --upcycle BIN [--mergekit LABEL=BIN ...] [--rounds 7] [--seed 42] [--cold FOLDER ...]
                         [--also LABEL='COMMAND with {recipe} and {out}' ...] [--json RAW.json]
 
-A round runs every command once, in a rotating order, so that a busy moment of the machine does not fall on one of them
-alone. Every run writes into an empty folder under WORKDIR, removed after it; the disk is synced between runs, outside
+A round runs every command once, in an order drawn anew, so that neither a busy moment of the machine nor the state that
+one command leaves memory in always falls on the same one. Every run writes into an empty folder under WORKDIR, removed after it; the disk is synced between runs, outside
 the clock. `cp` copies what the first command wrote in an untimed warm-up, which also brings the sources into the page
-cache. Wall time is until the process exits; CPU is user + system; memory is the process's peak resident size, which for
-a program that maps its sources includes the mapped pages (and never reads below this script's own ~13 MiB). Prints a
+cache; with `--cold` the files under those folders (the sources) are dropped from it before every run. upcycle syncs what it writes before it exits, so that
+`cp + sync`, which does too, is what it compares with; mergekit does not. Wall time is until the process exits; CPU is
+user + system; memory is the highest anonymous memory sampled, which leaves out the mapped pages of sources. Prints a
 markdown table (medians; range of the wall times; highest peak).
 """
-import argparse, json, os, platform, shlex, shutil, statistics, subprocess, sys, time
+import argparse, json, os, platform, random, shlex, shutil, statistics, subprocess, sys, threading, time
+
+
+def anonymous(pid):
+    """MiB of a process's own memory; 0 when it has gone."""
+    try:
+        with open(f"/proc/{pid}/status") as f:
+            return next((int(line.split()[1]) / 1024 for line in f if line.startswith("RssAnon")), 0)
+    except OSError:
+        return 0
 
 
 def timed(command, log):
-    """One run: (wall s, CPU s, peak RSS MiB). Exits when the command fails."""
+    """One run: (wall s, CPU s, peak anonymous MiB). Exits when the command fails."""
+    peak, done = [0.0], threading.Event()
+
+    def sample(pid):
+        while not done.wait(0.005): peak[0] = max(peak[0], anonymous(pid))
+
     with open(log, "w") as out:
         start = time.perf_counter()
         child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        sampler = threading.Thread(target=sample, args=(child.pid,))
+        sampler.start()
         _, status, usage = os.wait4(child.pid, 0)
         wall = time.perf_counter() - start
+    done.set()
+    sampler.join()
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         sys.exit(f"error: {shlex.join(command)} exited {child.returncode}\n" + "".join(open(log).readlines()[-15:]))
-    return wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+    return wall, usage.ru_utime + usage.ru_stime, peak[0]
 
 
 def empty(folder):
     shutil.rmtree(folder, ignore_errors=True)
     os.sync()
+
+
+def evict(folder):
+    """Takes a folder's files out of the page cache."""
+    for d, _, files in os.walk(folder):
+        for name in files:
+            fd = os.open(os.path.join(d, name), os.O_RDONLY)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
 
 
 def size_of(folder):
@@ -43,10 +71,10 @@ def labelled(text):
 
 
 def table(runs, out_bytes, rounds):
-    cp = {i: statistics.median(r[i] for r in runs["cp"]) for i in (0, 1)}
+    cp = {i: statistics.median(r[i] for r in runs["cp + sync"]) for i in (0, 1)}
     lines = [f"{out_bytes / 1e6:.0f} MB written; {rounds} interleaved rounds; {os.cpu_count()} CPUs ({platform.machine()}), "
              f"1-minute load {os.getloadavg()[0]:.1f} at the end", "",
-             "| command | wall s, median (range) | x cp | CPU s | x cp | peak RSS MiB |", "|---|---|---|---|---|---|"]
+             "| command | wall s, median (range) | x cp + sync | CPU s | x cp + sync | own memory MiB |", "|---|---|---|---|---|---|"]
     for label, rs in runs.items():
         wall, cpu, rss = ([r[i] for r in rs] for i in range(3))
         m, c = statistics.median(wall), statistics.median(cpu)
@@ -58,8 +86,8 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("recipe"); ap.add_argument("workdir")
     ap.add_argument("--upcycle"); ap.add_argument("--mergekit", action="append", default=[])
-    ap.add_argument("--also", action="append", default=[]); ap.add_argument("--rounds", type=int, default=5)
-    ap.add_argument("--seed", type=int, default=42); ap.add_argument("--json")
+    ap.add_argument("--also", action="append", default=[]); ap.add_argument("--rounds", type=int, default=7)
+    ap.add_argument("--seed", type=int, default=42); ap.add_argument("--json"); ap.add_argument("--cold", nargs="+", default=[])
     a = ap.parse_args()
     os.makedirs(a.workdir, exist_ok=True)
     out, model, log = (os.path.join(a.workdir, n) for n in ("out", "same-bytes", "log.txt"))
@@ -77,17 +105,19 @@ def main():
         if i == 0:
             shutil.rmtree(model, ignore_errors=True)
             shutil.move(out, model)
-    commands = {"cp": ["cp", "-r", "--reflink=never", model, out], **commands}
+    cp = shlex.join(["cp", "-r", "--reflink=never", model, out])
+    commands = {"cp": ["sh", "-c", cp], "cp + sync": ["sh", "-c", f"{cp} && sync {shlex.quote(out)}/*"], **commands}
     runs = {label: [] for label in commands}
+    shuffled = random.Random(a.seed)
     for n in range(a.rounds):
-        order = list(commands)
-        for label in order[n % len(order):] + order[:n % len(order)]:
+        for label in shuffled.sample(list(commands), len(commands)):
             empty(out)
+            for folder in a.cold and [*a.cold, model]: evict(folder)
             runs[label].append(timed(commands[label], log))
             print(f"round {n + 1} {label}: {runs[label][-1][0]:.2f} s", file=sys.stderr, flush=True)
     print(table(runs, size_of(model), a.rounds))
     if a.json:
-        with open(a.json, "w") as f: json.dump(dict(unit="wall s, cpu s, peak RSS MiB", runs=runs), f, indent=2)
+        with open(a.json, "w") as f: json.dump(dict(unit="wall s, cpu s, peak anonymous MiB", runs=runs), f, indent=2)
     empty(out)
     empty(model)
 

@@ -163,7 +163,7 @@ fn checks_are_waived_by_name() {
     exit 2
     --- stderr
     error: invalid value 'same-modelexperts' for '--allow <NAME>'
-      [possible values: one-expert, identical-prompts, same-model-experts, first-experts, twin-prompts, twin-experts, same-endings, circular-negatives, keyword-prompts, uneven-prompts, empty-prompts, unused-prompts, rope-mismatch, eps-mismatch, vocabulary-mismatch, drift, non-finite-weights]
+      [possible values: one-expert, identical-prompts, same-model-experts, first-experts, twin-prompts, twin-experts, same-endings, circular-negatives, keyword-prompts, uneven-prompts, empty-prompts, unused-prompts, rope-mismatch, eps-mismatch, vocabulary-mismatch, drift, licence-conflict, non-finite-weights]
 
       tip: a similar value exists: 'same-model-experts'
 
@@ -270,22 +270,27 @@ fn help_names_every_command() {
     Usage: upcycle [OPTIONS] <COMMAND>
 
     Commands:
-      demo         Compose and try the bundled tiny experts: nothing to download
-      plan         Say what would be written: tensors, bytes, memory, problems
-      compose      Write the composite
-      serve        Serve a model with OpenAI's API
-      chat         Talk to a model in the terminal
-      run          One prompt in, text out
-      eval         Perplexity per domain, beside the experts, their average and a perfect router
-      inspect      Show what a model is made of and where its tokens go
-      tune         Train the gates of a composite, or its attention too, on text of each expert's kind
-      stats        Gather or merge statistics of what a composite's routers see
-      gates        Set a composite's gates anew, from such statistics
-      quantize     Write a model as one GGUF file, smaller
-      bench        How fast a model reads and writes here
-      doctor       Devices, features, disk and memory
-      completions  Shell completions
-      help         Print this message or the help of the given subcommand(s)
+      demo            Compose and try the bundled tiny experts: nothing to download
+      plan            Say what would be written: tensors, bytes, memory, problems
+      compose         Write the composite
+      add-expert      One more expert in a composite
+      replace-expert  Another model in place of an expert of a composite
+      remove-expert   One expert less in a composite
+      verify          Hold a composite against what was written, and the models that it was made of
+      serve           Serve a model with OpenAI's API
+      chat            Talk to a model in the terminal
+      run             One prompt in, text out
+      eval            Perplexity per domain, beside the experts, their average and a perfect router
+      inspect         Show what a model is made of and where its tokens go
+      tune            Train the gates of a composite, or its attention too, on text of each expert's
+                      kind
+      stats           Gather or merge statistics of what a composite's routers see
+      gates           Set a composite's gates anew, from such statistics
+      quantize        Write a model as one GGUF file, smaller
+      bench           How fast a model reads and writes here
+      doctor          Devices, features, disk and memory
+      completions     Shell completions
+      help            Print this message or the help of the given subcommand(s)
 
     Options:
       -v, --verbose...  Say more (-v), or much more (-vv)

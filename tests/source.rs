@@ -1,7 +1,7 @@
 //! Opening models: directories, adapters, GGUF files, the Hub. The messages are part of the interface: each is a snapshot.
 
 mod broken;
-mod gguf;
+pub mod gguf;
 #[cfg(feature = "hub")]
 mod hub;
 mod lora;

@@ -1,12 +1,16 @@
 //! `upcycle compose`: a recipe becomes a checkpoint.
 
-use std::path::PathBuf;
+use std::{
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use anyhow::anyhow;
 use clap::{ArgAction, error::ErrorKind};
 use indicatif::{HumanBytes, HumanDuration};
 use upcycle::{
     engine::device::DeviceChoice,
+    recipe::Recipe,
     write::{self, WriteError},
 };
 
@@ -14,6 +18,7 @@ use super::{model::DeviceArgs, recipe, ui};
 
 /// Arguments of `compose`. mergekit-moe's flags are taken: those that mean something here do it, the others say why they do not.
 #[derive(Debug, clap::Args)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 pub(crate) struct Args {
     /// The recipe (mergekit-moe YAML)
     recipe: PathBuf,
@@ -31,6 +36,9 @@ pub(crate) struct Args {
     /// Leave README.md and the recipe out
     #[arg(long)]
     no_write_model_card: bool,
+    /// Print what happens as lines of JSON
+    #[arg(long)]
+    json: bool,
     #[command(flatten)]
     options: recipe::Options,
     #[command(flatten)]
@@ -135,7 +143,6 @@ fn refuse(message: &str) -> anyhow::Error {
 }
 
 pub(crate) fn run(mut args: Args) -> anyhow::Result<()> {
-    let start = std::time::Instant::now();
     args.mergekit.check()?;
     if args.mergekit.i_understand_this_is_not_useful_without_training {
         args.options.allow.push("same-model-experts".into());
@@ -149,19 +156,37 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<()> {
         tokenizer: !args.no_copy_tokenizer,
         card: !args.no_write_model_card,
         allow_non_finite: args.options.allow.iter().any(|name| name == recipe::NON_FINITE),
+        ..write::Options::default()
     };
     write::check_directory(&args.out, &options)?;
     args.device.set_threads()?;
-    let mut recipe = recipe::read(&args.recipe, &args.options)?;
+    let recipe = recipe::read(&args.recipe, &args.options)?;
+    if args.json {
+        compose(recipe, &args.out, &options, &args.options, &args.device, &ui::JsonProgress::default())
+    } else {
+        compose(recipe, &args.out, &options, &args.options, &args.device, &ui::WriteProgress::new())
+    }
+}
+
+/// Composes a recipe into a directory, and says so.
+pub(crate) fn compose(
+    mut recipe: Recipe,
+    out: &Path,
+    options: &write::Options,
+    given: &recipe::Options,
+    device: &DeviceArgs,
+    progress: &dyn write::Progress,
+) -> anyhow::Result<()> {
+    let start = Instant::now();
     write::check_recipe(&recipe)?;
-    let composite = recipe::composite(&mut recipe, &args.options, &args.device)?;
-    let written = write::write(&composite, &recipe, &args.out, &options, &ui::WriteProgress::new()).map_err(|error| match error {
-        WriteError::Io(_) => anyhow!(error).context(format!("{} is unfinished; the same command goes on from there", args.out.display())),
+    let composite = recipe::composite(&mut recipe, given, device)?;
+    let written = write::write(&composite, &recipe, out, options, progress).map_err(|error| match error {
+        WriteError::Io(_) => anyhow!(error).context(format!("{} is unfinished; the same command goes on from there", out.display())),
         other => other.into(),
     })?;
     let bytes: u64 = written.shards.iter().map(|(_, bytes)| bytes).sum();
-    tracing::info!("wrote {} to {} in {}", HumanBytes(bytes), args.out.display(), HumanDuration(start.elapsed()));
-    ui::hint(format!("upcycle serve {}", args.out.display()));
+    tracing::info!("wrote {} to {} in {}", HumanBytes(bytes), out.display(), HumanDuration(start.elapsed()));
+    ui::hint(format!("upcycle serve {}", out.display()));
     Ok(())
 }
 

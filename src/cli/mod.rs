@@ -11,6 +11,7 @@ mod composite;
 mod demo;
 mod doctor;
 mod eval;
+mod experts;
 mod gates;
 mod generation;
 mod inspect;
@@ -25,6 +26,7 @@ mod stats;
 mod texts;
 mod tune;
 mod ui;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -52,6 +54,14 @@ enum Command {
     Plan(plan::Args),
     /// Write the composite
     Compose(compose::Args),
+    /// One more expert in a composite
+    AddExpert(experts::Add),
+    /// Another model in place of an expert of a composite
+    ReplaceExpert(experts::Replace),
+    /// One expert less in a composite
+    RemoveExpert(experts::Remove),
+    /// Hold a composite against what was written, and the models that it was made of
+    Verify(verify::Args),
     /// Serve a model with OpenAI's API
     #[cfg(feature = "serve")]
     Serve(serve::Args),
@@ -87,6 +97,10 @@ pub(crate) fn main() -> ExitCode {
         Command::Demo(args) => demo::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Compose(args) => compose::run(args),
+        Command::AddExpert(args) => experts::add(&args),
+        Command::ReplaceExpert(args) => experts::replace(&args),
+        Command::RemoveExpert(args) => experts::remove(&args),
+        Command::Verify(args) => verify::run(&args),
         #[cfg(feature = "serve")]
         Command::Serve(args) => serve::run(args),
         Command::Chat(args) => chat::run(args),

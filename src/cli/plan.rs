@@ -5,8 +5,7 @@ use std::path::PathBuf;
 use anstream::println;
 use indicatif::HumanBytes;
 use serde_json::json;
-use upcycle::{inspect, plan::Plan, recipe::Recipe};
-use upcycle_architectures::Dtype;
+use upcycle::{inspect, recipe::Recipe, write};
 use upcycle_routers::init::Runtime;
 
 use super::recipe;
@@ -44,7 +43,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     }
     let sources = recipe::open(&recipe)?;
     let plan = recipe::plan(&mut recipe, &sources, &args.options)?;
-    let memory = memory(&plan);
+    let memory = write::memory(&plan, &sources);
     if args.json {
         let sources: Vec<String> = sources.all.iter().map(|source| source.reference.to_string()).collect();
         let tensors: Vec<_> = plan
@@ -111,10 +110,4 @@ fn sequence(recipe: &Recipe, args: &Args) -> anyhow::Result<()> {
     }
     println!("gates       {}: {}", recipe.gate_mode.name, recipe.gate_mode.about);
     Ok(())
-}
-
-/// Most bytes of tensors held at once while writing: one part per thread, as f32 beside its own bytes where it is converted.
-fn memory(plan: &Plan) -> u64 {
-    let largest = plan.tensors.iter().map(|t| t.info.elements() / t.parts.len().max(1)).max().unwrap_or(0);
-    (plan.dtype.bytes(largest) + Dtype::F32.bytes(largest)) as u64 * rayon::current_num_threads() as u64
 }

@@ -58,7 +58,8 @@ pub(crate) fn open(recipe: &Recipe) -> anyhow::Result<Sources> {
     })
 }
 
-fn beside(reference: &ModelRef, directory: &Path) -> ModelRef {
+/// A path that is not there from the working directory, from another one.
+pub(crate) fn beside(reference: &ModelRef, directory: &Path) -> ModelRef {
     let mut place = reference.clone();
     let there = directory.join(&place.path);
     if !Path::new(&place.path).exists() && there.exists() {

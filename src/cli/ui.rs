@@ -3,14 +3,16 @@
 use std::{
     process::ExitCode,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
+    time::{Duration, Instant},
 };
 
-use anstream::{AutoStream, ColorChoice, eprintln};
+use anstream::{AutoStream, ColorChoice, eprintln, println};
 use anstyle::{AnsiColor, Style};
-use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
+use serde_json::json;
 use tracing_subscriber::EnvFilter;
 use upcycle::{
     recipe::{ModelRef, Problem, RecipeError},
@@ -103,6 +105,11 @@ impl WriteProgress {
     pub(crate) fn new() -> Self {
         Self { bar: bytes_bar() }
     }
+
+    /// Takes the bar away.
+    pub(crate) fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
 }
 
 impl upcycle::write::Progress for WriteProgress {
@@ -120,11 +127,63 @@ impl upcycle::write::Progress for WriteProgress {
     }
 
     fn shard(&self, file: &str, bytes: u64) {
-        self.note(&format!("{file}  {}", HumanBytes(bytes)));
+        let left = self.bar.length().is_some_and(|total| self.bar.position() < total);
+        let rate = format!(", {}/s, {} left", HumanBytes(self.bar.per_sec() as u64), HumanDuration(self.bar.eta()));
+        self.note(&format!("{file}  {}{}", HumanBytes(bytes), if left { &rate } else { "" }));
     }
 
     fn note(&self, message: &str) {
         self.bar.suspend(|| tracing::info!("{message}"));
+    }
+}
+
+/// The same as lines of JSON on stdout: `begin`, `progress` at most twice a second, `shard`, `note`.
+#[derive(Default)]
+pub(crate) struct JsonProgress(Mutex<Written>);
+
+#[derive(Default)]
+struct Written {
+    total: u64,
+    found: u64,
+    bytes: u64,
+    begun: Option<Instant>,
+    said: Option<Instant>,
+}
+
+impl JsonProgress {
+    fn lock(&self) -> MutexGuard<'_, Written> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl upcycle::write::Progress for JsonProgress {
+    fn begin(&self, total: u64, found: u64) {
+        *self.lock() = Written { total, found, bytes: 0, begun: Some(Instant::now()), said: None };
+        println!("{}", json!({"event": "begin", "total": total, "found": found}));
+    }
+
+    fn advance(&self, bytes: u64) {
+        let mut state = self.lock();
+        state.bytes += bytes;
+        if state.said.is_some_and(|said| said.elapsed() < Duration::from_millis(500)) {
+            return;
+        }
+        state.said = Some(Instant::now());
+        let done = state.found + state.bytes;
+        let rate = state.bytes as f64 / state.begun.map_or(0.0, |begun| begun.elapsed().as_secs_f64()).max(1e-3);
+        let left = state.total.saturating_sub(done) as f64 / rate.max(1.0);
+        println!(
+            "{}",
+            json!({"event": "progress", "done": done, "total": state.total, "bytes_per_second": rate as u64, "seconds_left": left})
+        );
+    }
+
+    fn shard(&self, file: &str, bytes: u64) {
+        println!("{}", json!({"event": "shard", "file": file, "bytes": bytes}));
+    }
+
+    fn note(&self, message: &str) {
+        println!("{}", json!({"event": "note", "message": message}));
     }
 }
 

@@ -51,12 +51,19 @@ pub enum TokenizerError {
     Tokenizer(tokenizers::Error),
 }
 
+/// The tokenizers crate unwraps some of its own errors: what it panics at is an error here, and JSON that is none does not get so far.
+fn parse(data: &[u8]) -> Result<tokenizers::Tokenizer, String> {
+    serde_json::from_slice::<serde::de::IgnoredAny>(data).map_err(|error| error.to_string())?;
+    let parsed = std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(data));
+    parsed.map_err(|_| "one of its parts is malformed".to_owned())?.map_err(|error| error.to_string())
+}
+
 impl Tokenizer {
     /// Reads `tokenizer.json`; its special tokens come from `tokenizer_config.json` and `special_tokens_map.json`, and the tokens that end
     /// a text from those, from `config` and from `generation_config.json` together.
     pub fn open(sidecars: &BTreeMap<String, Sidecar>, config: &Config) -> Result<Self, TokenizerError> {
         let data = bytes(sidecars, "tokenizer.json")?.ok_or(TokenizerError::Missing)?;
-        let mut inner = tokenizers::Tokenizer::from_bytes(data).map_err(|error| invalid(sidecars, "tokenizer.json", error))?;
+        let mut inner = parse(&data).map_err(|error| invalid(sidecars, "tokenizer.json", error))?;
         // Settings of the training run that must not touch a prompt.
         inner.with_truncation(None).map_err(TokenizerError::Tokenizer)?.with_padding(None);
 

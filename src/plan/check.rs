@@ -15,6 +15,7 @@ pub(super) const LINTS: &[(&str, &str)] = &[
     ("eps-mismatch", "an expert's norms have another epsilon than the base's"),
     ("vocabulary-mismatch", "an expert's tokenizer gives other ids to the same text"),
     ("drift", "attention of an expert is far from what the composite uses"),
+    ("licence-conflict", "licences that no one work can be under"),
 ];
 
 /// One message for a list of problems.
@@ -46,6 +47,7 @@ pub(super) fn problems(recipe: &Recipe, sources: &Sources, warnings: &mut Vec<St
         problems.push(already_sparse(base));
         return problems;
     }
+    problems.extend(licences(sources));
     let mut seen = Vec::new();
     let shared = recipe.shared_experts.iter();
     for (expert, routed) in recipe.experts.iter().map(|e| (e, true)).chain(shared.map(|e| (e, false))) {
@@ -65,6 +67,20 @@ pub(super) fn problems(recipe: &Recipe, sources: &Sources, warnings: &mut Vec<St
         compare_vocabularies(recipe, base, source, &mut problems, warnings);
     }
     problems
+}
+
+/// Two models whose cards name licences that do not go together; the first such pair says enough.
+fn licences(sources: &Sources) -> Option<Problem> {
+    let named: Vec<_> = sources.all.iter().filter_map(|source| Some((source, source::licence(source)?))).collect();
+    named.iter().enumerate().find_map(|(i, (a, first))| {
+        named[i + 1..].iter().find_map(|(b, second)| {
+            let reason = source::conflict(first, second)?;
+            let (a, b) = (&a.reference, &b.reference);
+            let message =
+                format!("`{a}` is under `{first}`, `{b}` under `{second}`: {reason}; ask whoever holds the rights, or leave one out");
+            Some(Problem { lint: Some("licence-conflict"), message })
+        })
+    })
 }
 
 fn fatal(message: String) -> Problem {

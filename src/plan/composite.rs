@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    ops::Range,
     sync::Arc,
 };
 
@@ -11,8 +12,10 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 use upcycle_architectures::{Dtype, TensorInfo, View, Weights, WeightsError};
+use upcycle_routers::gate::Gate;
 
 use super::{Fold, Gates, Part, Plan, Sources};
+use crate::source::Extent;
 
 /// A composite that may not exist on disk. Cheap to clone.
 #[derive(Clone)]
@@ -46,7 +49,7 @@ impl Composite {
         Self { plan: Arc::new(plan), tuned: Arc::new(tensors), ..self.clone() }
     }
 
-    /// Of everything that decides the tensors' bytes: the plan, the gates, and which files the sources are at this moment.
+    /// Of everything that decides the tensors' bytes: the plan, the gates, and which files the sources were when they were opened.
     pub fn fingerprint(&self) -> String {
         let plan = &self.plan;
         let mut hash = Sha256::new();
@@ -55,7 +58,28 @@ impl Composite {
             gate.weight.iter().for_each(|value| hash.update(value.to_le_bytes()));
         }
         for source in &self.sources.all {
-            source.stamps().iter().for_each(|stamp| hash.update(stamp));
+            source.files.iter().for_each(|file| hash.update(file.stamp()));
+        }
+        hex(&hash.finalize())
+    }
+
+    /// Of everything that decides the bytes of tensor `tensor`. `fingerprint` is the composite's, which decides what is fitted.
+    pub(crate) fn key(&self, tensor: usize, fingerprint: &str) -> String {
+        let planned = &self.plan.tensors[tensor];
+        let mut hash = Sha256::new();
+        hash.update(json!([planned, planned.info.dtype.torch_name(), planned.info.shape, self.seed]).to_string());
+        let mut models = BTreeSet::new();
+        for part in &planned.parts {
+            let gate = |gates: &[Gate], layer: usize| gates.get(layer).map_or_else(Vec::new, |gate| gate.weight.clone());
+            match part {
+                Part::Fitted { .. } => hash.update(fingerprint),
+                Part::Gate { layer } => gate(&self.gates.routed, *layer).iter().for_each(|value| hash.update(value.to_le_bytes())),
+                Part::SharedGate { layer } => gate(&self.gates.shared, *layer).iter().for_each(|value| hash.update(value.to_le_bytes())),
+                _ => models.extend(part.sources()),
+            }
+        }
+        for source in models {
+            self.sources.all[source].files.iter().for_each(|file| hash.update(file.stamp()));
         }
         hex(&hash.finalize())
     }
@@ -65,78 +89,124 @@ impl Composite {
         &self.gates
     }
 
-    /// The bytes of one part of tensor `tensor`, in the plan's type.
+    /// Number of elements of each part of tensor `tensor`.
+    pub fn elements(&self, tensor: usize) -> usize {
+        let planned = &self.plan.tensors[tensor];
+        planned.info.elements() / planned.parts.len().max(1)
+    }
+
+    /// Where the bytes of a part lie, if it is to be had by copying them.
+    pub fn copied(&self, tensor: usize, part: usize) -> Option<&Extent> {
+        let planned = &self.plan.tensors[tensor];
+        let Part::Tensor { source, tensor: name, noise: None, scale: None, fold: None } = &planned.parts[part] else { return None };
+        let extent = self.sources.all[*source].extents.get(name)?;
+        (extent.info.dtype == planned.info.dtype && extent.info.elements() == self.elements(tensor)).then_some(extent)
+    }
+
+    /// Whether a block of a part costs no more than its share of the whole.
+    pub fn divisible(&self, tensor: usize, part: usize) -> bool {
+        self.plan.tensors[tensor].parts[part].divisible(&self.sources)
+    }
+
+    /// The bytes of one part of tensor `tensor`, in the plan's type; borrowed from its source's map where they can be.
     pub fn part(&self, tensor: usize, part: usize) -> Result<Bytes, WeightsError> {
+        let planned = &self.plan.tensors[tensor];
+        match &planned.parts[part] {
+            Part::Tensor { source, tensor: name, noise: None, scale: None, fold: None } => {
+                Ok(self.sources.all[*source].weights.read(name)?.cast(planned.info.dtype)?.data)
+            }
+            _ => self.block(tensor, part, 0..self.elements(tensor)),
+        }
+    }
+
+    /// The bytes of some elements of one part of tensor `tensor`, in the plan's type. What lies in files is read, not mapped, so that a
+    /// source that is cut short meanwhile is an error. Elements do not depend on the block that they are asked for in.
+    pub fn block(&self, tensor: usize, part: usize, elements: Range<usize>) -> Result<Bytes, WeightsError> {
         let planned = &self.plan.tensors[tensor];
         let dtype = planned.info.dtype;
         let flat = |values: &[f32]| Ok(View::from_f32(values, dtype, vec![values.len()])?.data);
+        let piece = |source, name| self.piece(source, name, self.elements(tensor), elements.clone());
         match &planned.parts[part] {
             Part::Tensor { source, tensor: name, noise, scale, fold } => {
-                let mut view = self.sources.all[*source].weights.read(name)?;
+                let mut view = piece(*source, name)?;
                 if let Some(fold) = fold {
-                    view = self.fold(*source, &view, fold, dtype)?;
+                    view = self.fold(*source, &view, fold, dtype, elements.start)?;
                 }
-                let edited =
-                    if noise.is_some() || scale.is_some() { edit(&view, *noise, *scale, self.rng(&planned.name, part))? } else { view };
-                Ok(edited.cast(dtype)?.data)
+                if noise.is_some() || scale.is_some() {
+                    view = edit(&view, *noise, *scale, self.rng(&planned.name, part, elements.start))?;
+                }
+                Ok(view.cast(dtype)?.data)
             }
-            Part::Mean { of } => flat(&self.mean(of)?),
+            Part::Mean { of } => flat(&mean(of.iter().map(|(source, name)| piece(*source, name)))?),
             Part::Fitted { tensor: name } => match &self.fitted {
-                Some(fitted) => Ok(fitted.read(name)?.cast(dtype)?.data),
+                Some(fitted) => Ok(slice(&fitted.read(name)?, name, &elements)?.cast(dtype)?.data),
                 None => Err(WeightsError::Missing { tensor: name.clone() }),
             },
             Part::Tuned { .. } => match self.tuned.get(&planned.name) {
-                Some(view) => Ok(view.cast(dtype)?.data),
+                Some(view) => Ok(slice(view, &planned.name, &elements)?.cast(dtype)?.data),
                 None => Err(WeightsError::Missing { tensor: planned.name.clone() }),
             },
-            Part::Gate { layer } => flat(self.gates.routed.get(*layer).map_or(&[][..], |gate| &gate.weight)),
-            Part::SharedGate { layer } => flat(self.gates.shared.get(*layer).map_or(&[][..], |gate| &gate.weight)),
-            Part::Zeros { elements } => Ok(vec![0; dtype.bytes(*elements)].into()),
+            Part::Gate { layer } => flat(weight(&self.gates.routed, *layer, &planned.name, elements)?),
+            Part::SharedGate { layer } => flat(weight(&self.gates.shared, *layer, &planned.name, elements)?),
+            Part::Zeros { .. } => Ok(vec![0; dtype.bytes(elements.len())].into()),
         }
     }
 
-    fn mean(&self, of: &[(usize, String)]) -> Result<Vec<f32>, WeightsError> {
-        let mut sum: Vec<f64> = Vec::new();
-        for (source, name) in of {
-            let values = self.sources.all[*source].weights.read(name)?.to_f32();
-            if sum.is_empty() {
-                sum = values.into_iter().map(f64::from).collect();
-            } else {
-                sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += f64::from(value));
-            }
-        }
-        Ok(sum.iter().map(|sum| (sum / of.len() as f64) as f32).collect())
+    /// Some elements of a source's tensor, which must have `all`, in its own type.
+    fn piece(&self, source: usize, name: &str, all: usize, elements: Range<usize>) -> Result<View, WeightsError> {
+        let source = &self.sources.all[source];
+        let misfit = |info: &TensorInfo| WeightsError::Shape { tensor: name.to_owned(), expected: vec![all], found: info.shape.clone() };
+        let fits = |info: &TensorInfo| if info.elements() == all { Ok(()) } else { Err(misfit(info)) };
+        let Some(extent) = source.extents.get(name) else {
+            let view = source.weights.read(name)?;
+            fits(&view.info)?;
+            return slice(&view, name, &elements);
+        };
+        fits(&extent.info)?;
+        let dtype = extent.info.dtype;
+        let mut data = vec![0; dtype.bytes(elements.len())];
+        let read = extent.file.open().and_then(|file| extent.read(&file, dtype.bytes(elements.start) as u64, &mut data));
+        read.map_err(|error| WeightsError::Read { tensor: name.to_owned(), reason: error.to_string() })?;
+        Ok(View { info: TensorInfo { dtype, shape: vec![elements.len()] }, data: data.into() })
     }
 
-    /// Columns times own norm over shared norm, in f32; the shared one as it is written.
-    fn fold(&self, source: usize, view: &View, fold: &Fold, dtype: Dtype) -> Result<View, WeightsError> {
-        let own = self.sources.all[source].weights.read(&fold.own)?.to_f32();
-        let mean = self.mean(&fold.shared)?;
+    /// A tensor of a source, all of it.
+    fn whole(&self, source: usize, name: &str) -> Result<View, WeightsError> {
+        let missing = || WeightsError::Missing { tensor: name.to_owned() };
+        let all = self.sources.all[source].weights.info(name).ok_or_else(missing)?.elements();
+        self.piece(source, name, all, 0..all)
+    }
+
+    /// Columns times own norm over shared norm, in f32; the shared one as it is written. The view begins at element `start` of the tensor.
+    fn fold(&self, source: usize, view: &View, fold: &Fold, dtype: Dtype, start: usize) -> Result<View, WeightsError> {
+        let own = self.whole(source, &fold.own)?.to_f32();
+        let mean = mean(fold.shared.iter().map(|(source, name)| self.whole(*source, name)))?;
         let shared = View::from_f32(&mean, dtype, vec![mean.len()])?.to_f32();
         let factors: Vec<f32> = own.iter().zip(&shared).map(|(own, shared)| if *shared == 0.0 { 1.0 } else { own / shared }).collect();
         let mut values = view.to_f32();
-        values.chunks_exact_mut(factors.len()).for_each(|row| row.iter_mut().zip(&factors).for_each(|(value, factor)| *value *= factor));
+        let columns = factors.iter().cycle().skip(start % factors.len().max(1));
+        values.iter_mut().zip(columns).for_each(|(value, factor)| *value *= factor);
         View::from_f32(&values, Dtype::F32, view.info.shape.clone())
     }
 
     /// Which models a tensor's bytes come from, for messages.
     pub fn origin(&self, tensor: usize) -> String {
-        let sources = self.plan.tensors[tensor].parts.iter().flat_map(|part| match part {
-            Part::Tensor { source, .. } => vec![*source],
-            Part::Mean { of } => of.iter().map(|(source, _)| *source).collect(),
-            Part::Gate { .. } | Part::SharedGate { .. } | Part::Zeros { .. } | Part::Fitted { .. } | Part::Tuned { .. } => Vec::new(),
-        });
+        let sources = self.plan.tensors[tensor].parts.iter().flat_map(Part::sources);
         let names: Vec<String> = sources.collect::<BTreeSet<_>>().into_iter().map(|s| self.sources.all[s].reference.to_string()).collect();
         if names.is_empty() { "the calibration".into() } else { names.join(", ") }
     }
 
-    /// A generator that depends on nothing but the seed and what it is for, so that threads and order do not matter.
-    fn rng(&self, name: &str, part: usize) -> ChaCha8Rng {
+    /// A generator that depends on nothing but the seed and what it is for, so that threads and order do not matter, at the number that
+    /// element `start` of a part takes.
+    fn rng(&self, name: &str, part: usize, start: usize) -> ChaCha8Rng {
         let mut hash = Sha256::new();
         hash.update(self.seed.to_le_bytes());
         hash.update(name);
         hash.update((part as u64).to_le_bytes());
-        ChaCha8Rng::from_seed(hash.finalize().into())
+        let mut rng = ChaCha8Rng::from_seed(hash.finalize().into());
+        // `standard_normal` takes two numbers of 64 bits, which are two words each.
+        rng.set_word_pos(4 * start as u128);
+        rng
     }
 }
 
@@ -169,7 +239,39 @@ impl Weights for Composite {
     }
 }
 
-fn hex(bytes: &[u8]) -> String {
+/// Some elements of a tensor.
+fn slice(view: &View, name: &str, elements: &Range<usize>) -> Result<View, WeightsError> {
+    // Of blocks the whole is taken: what has them is not divisible.
+    let (start, end) = (view.info.dtype.bytes(elements.start), view.info.dtype.bytes(elements.end));
+    if end > view.data.len() {
+        return Err(WeightsError::Shape { tensor: name.to_owned(), expected: vec![elements.end], found: view.info.shape.clone() });
+    }
+    let info = TensorInfo { dtype: view.info.dtype, shape: vec![elements.len()] };
+    Ok(View { info, data: view.data.slice(start..end) })
+}
+
+/// Some elements of a layer's gate.
+fn weight<'a>(gates: &'a [Gate], layer: usize, name: &str, elements: Range<usize>) -> Result<&'a [f32], WeightsError> {
+    let missing = || WeightsError::Missing { tensor: name.to_owned() };
+    gates.get(layer).and_then(|gate| gate.weight.get(elements)).ok_or_else(missing)
+}
+
+/// The mean of tensors of one size, summed in f64.
+fn mean(of: impl ExactSizeIterator<Item = Result<View, WeightsError>>) -> Result<Vec<f32>, WeightsError> {
+    let count = of.len() as f64;
+    let mut sum: Vec<f64> = Vec::new();
+    for view in of {
+        let values = view?.to_f32().into_iter().map(f64::from);
+        if sum.is_empty() {
+            sum = values.collect();
+        } else {
+            sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+        }
+    }
+    Ok(sum.iter().map(|sum| (sum / count) as f32).collect())
+}
+
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

@@ -9,7 +9,7 @@ mod sequence;
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use upcycle_architectures::{
     AttentionPart, Config, Dtype, Family, LayerRole, Projection, Role, TensorInfo, Weights,
     upcycle::{Request, TARGETS, Target},
@@ -20,6 +20,7 @@ use upcycle_routers::{
 };
 
 pub use composite::Composite;
+pub(crate) use composite::hex;
 pub use sequence::{Sequence, sequence};
 
 use crate::{
@@ -47,6 +48,11 @@ impl Sources {
             }
         }
         Ok(sources)
+    }
+
+    /// Models that a plan names by number alone.
+    pub(crate) fn numbered(all: Vec<Source>) -> Self {
+        Self { all, by_reference: BTreeMap::new() }
     }
 
     /// The base.
@@ -100,7 +106,7 @@ pub struct PlannedTensor {
 }
 
 /// Where a run of bytes comes from. Sources are indices into [`Sources::all`].
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "from", rename_all = "snake_case")]
 pub enum Part {
     /// A source's tensor; copied if the type is the same and nothing is to be done to it.
@@ -151,9 +157,45 @@ pub enum Part {
     },
 }
 
+impl Part {
+    /// The sources that its bytes are made of.
+    pub(crate) fn sources(&self) -> Vec<usize> {
+        match self {
+            Self::Tensor { source, fold, .. } => {
+                let shared = fold.iter().flat_map(|fold| fold.shared.iter().map(|(source, _)| *source));
+                std::iter::once(*source).chain(shared).collect()
+            }
+            Self::Mean { of } => of.iter().map(|(source, _)| *source).collect(),
+            Self::Gate { .. } | Self::SharedGate { .. } | Self::Zeros { .. } | Self::Fitted { .. } | Self::Tuned { .. } => Vec::new(),
+        }
+    }
+
+    /// Whether some elements of it can be had without computing all of them: not where an adapter is merged, or a GGUF file decoded.
+    pub(crate) fn divisible(&self, sources: &Sources) -> bool {
+        let stored = |source: &usize, name: &String| sources.all[*source].extents.contains_key(name);
+        match self {
+            Self::Tensor { source, tensor, .. } => stored(source, tensor),
+            Self::Mean { of } => of.iter().all(|(source, name)| stored(source, name)),
+            Self::Gate { .. } | Self::SharedGate { .. } | Self::Zeros { .. } | Self::Fitted { .. } | Self::Tuned { .. } => true,
+        }
+    }
+
+    /// Gives its sources other numbers; whether all of them have one.
+    pub(crate) fn renumber(&mut self, numbers: &BTreeMap<usize, usize>) -> bool {
+        let renumber = |source: &mut usize| numbers.get(source).map(|number| *source = *number).is_some();
+        match self {
+            Self::Tensor { source, fold, .. } => {
+                renumber(source) && fold.iter_mut().all(|fold| fold.shared.iter_mut().all(|(source, _)| renumber(source)))
+            }
+            Self::Mean { of } => of.iter_mut().all(|(source, _)| renumber(source)),
+            Self::Gate { .. } | Self::SharedGate { .. } | Self::Zeros { .. } | Self::Fitted { .. } | Self::Tuned { .. } => true,
+        }
+    }
+}
+
 /// A norm's weight that a source's tensor expects in front of it, and the one that it gets: column j is multiplied by own\[j\] / shared\[j\], so
 /// that behind the shared norm the tensor does what it did behind its own.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Fold {
     /// name in the tensor's source
     pub own: String,
@@ -483,6 +525,13 @@ pub fn opened(source: Source) -> Option<Composite> {
     };
     let by_reference = BTreeMap::from([(source.reference.clone(), 0)]);
     Some(composite(plan, Sources { all: vec![source], by_reference }, Gates::default(), None))
+}
+
+/// A composite on disk as the plan that it was written by, as far as it is known: these tensors of these sources. `None` for a dense model.
+pub(crate) fn recorded(written: Source, tensors: Vec<PlannedTensor>, sources: Sources, seed: u64) -> Option<Composite> {
+    let opened = opened(written)?;
+    let plan = Plan { tensors, seed, ..(*opened.plan).clone() };
+    Some(composite(plan, sources, Gates::default(), None))
 }
 
 /// The gates of a composite.

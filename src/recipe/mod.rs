@@ -3,6 +3,7 @@
 //! Text becomes a tree ([`yaml`]), the tree a [`Recipe`] ([`schema`]), and the recipe is checked ([`lints`]). What depends on the models,
 //! such as whether their family takes a shared expert, is the plan's to check.
 
+mod edit;
 mod lints;
 mod model_ref;
 mod problem;
@@ -17,6 +18,7 @@ use upcycle_architectures::Dtype;
 use upcycle_routers::init::{Method, Needs};
 
 pub use self::{
+    edit::{Change, EditError, NewExpert, edit},
     lints::{LINTS, Level, Lint},
     model_ref::{ModelRef, ModelRefError},
     problem::{Problem, Severity},

@@ -137,6 +137,8 @@ impl Adapter {
             source.config.tied = false;
             source.config_json["tie_word_embeddings"] = Value::Bool(false);
         }
+        source.extents.retain(|name, _| !changes.contains_key(name));
+        source.files.extend(weights.files());
         source.weights = Arc::new(Merged { base: source.weights, changes });
         source.location.clone_from(&self.directory);
         self.overlay_sidecars(&mut source)?;

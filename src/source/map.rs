@@ -3,15 +3,25 @@
 use std::{io, path::Path};
 
 use bytes::Bytes;
+use fs_err::File;
 use memmap2::Mmap;
+
+/// Opens a file to read it. Errors name the file.
+pub(super) fn open(path: &Path) -> io::Result<File> {
+    File::open(path).map_err(|error| dangling(path).unwrap_or(error))
+}
 
 /// Maps a file read-only. Errors name the file.
 pub(crate) fn map(path: &Path) -> io::Result<Bytes> {
-    let file = fs_err::File::open(path).map_err(|error| dangling(path).unwrap_or(error))?;
+    map_opened(&open(path)?)
+}
+
+/// The same of an open file.
+pub(super) fn map_opened(file: &File) -> io::Result<Bytes> {
     // SAFETY: a map is sound as long as nobody truncates or rewrites the file under it. Every loader of these formats asks the same of its
     // users, and our own writers never write under a final name: they write a temporary file and rename it, which leaves old maps intact.
     let map = unsafe { Mmap::map(file.file()) };
-    map.map(Bytes::from_owner).map_err(|error| io::Error::new(error.kind(), format!("cannot map `{}`: {error}", path.display())))
+    map.map(Bytes::from_owner).map_err(|error| io::Error::new(error.kind(), format!("cannot map `{}`: {error}", file.path().display())))
 }
 
 /// A link to nothing, as in a cache of the Hub that was copied in part.

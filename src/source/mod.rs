@@ -1,8 +1,10 @@
 //! Opened checkpoints: headers and configs are read and checked, tensor bytes stay where they are until somebody reads them.
 
 mod error;
+mod extent;
 pub(crate) mod gguf;
 mod hub;
+mod licence;
 mod lora;
 mod map;
 mod place;
@@ -10,7 +12,7 @@ mod safetensors;
 mod sidecar;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     path::{Path, PathBuf},
     sync::Arc,
     time::UNIX_EPOCH,
@@ -26,11 +28,16 @@ use self::{
 };
 use crate::recipe::ModelRef;
 
-pub(crate) use self::map::map;
 pub use self::{
     error::SourceError,
+    extent::{DataFile, Extent},
     hub::Hub,
+    licence::{conflict, licence},
     sidecar::{eos_ids, sidecar},
+};
+pub(crate) use self::{
+    map::map,
+    place::{CONFIG, INDEX},
 };
 
 /// An opened model.
@@ -47,6 +54,10 @@ pub struct Source {
     pub config_json: Value,
     /// Its tensors, by the family's names.
     pub weights: Arc<dyn Weights>,
+    /// Where its tensors lie, by the family's names: of those that a file holds as they are read.
+    pub extents: HashMap<String, Extent>,
+    /// The files of its weights, as they were when they were opened.
+    pub files: Vec<Arc<DataFile>>,
     /// The files beside the weights that a user of the model needs, by file name: tokenizer files, `generation_config.json`, chat template.
     pub sidecars: BTreeMap<String, Sidecar>,
 }
@@ -67,6 +78,11 @@ impl Source {
         all.insert(0, self.location.display().to_string());
         all
     }
+}
+
+/// Fails if a file of the model's weights is not what it was when it was opened.
+pub fn check_unchanged(source: &Source) -> std::io::Result<()> {
+    source.files.iter().try_for_each(|file| file.open().map(drop))
 }
 
 /// A small file that travels with a model.
@@ -204,6 +220,8 @@ fn open_directory(reference: &ModelRef, directory: &Path, files: &Files) -> Resu
         family,
         config,
         config_json,
+        extents: checkpoint.extents(),
+        files: checkpoint.files(),
         weights: Arc::new(checkpoint),
         sidecars: sidecar_names(&names).map(|name| (name.clone(), Sidecar::File(directory.join(name)))).collect(),
     })

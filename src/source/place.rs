@@ -7,8 +7,8 @@ use super::{SourceError, safetensors::is_plain_name};
 use crate::write::UNFINISHED;
 
 /// Name of the index of a sharded checkpoint.
-pub(super) const INDEX: &str = "model.safetensors.index.json";
-pub(super) const CONFIG: &str = "config.json";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
+pub(crate) const CONFIG: &str = "config.json";
 pub(super) const ADAPTER_CONFIG: &str = "adapter_config.json";
 pub(super) const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
 
@@ -61,7 +61,8 @@ pub(super) fn files(place: &str, names: &[String]) -> Result<Files, SourceError>
     let mut safetensors = ending(&[".safetensors"]);
     safetensors.retain(|name| name != ADAPTER_WEIGHTS);
     let mut gguf = ending(&[".gguf"]);
-    if has(UNFINISHED) {
+    // One that is being overwritten stays whole until its config goes.
+    if has(UNFINISHED) && !has(CONFIG) {
         return Err(SourceError::Unfinished { place: place.to_owned() });
     }
     let files = if has("model.safetensors") {

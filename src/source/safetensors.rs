@@ -6,18 +6,20 @@
 use std::{
     collections::{BTreeMap, HashMap, hash_map::Entry},
     path::{Component, Path, PathBuf},
+    sync::Arc,
 };
 
 use bytes::Bytes;
 use safetensors::{SafeTensors, tensor::SafeTensorError};
 use upcycle_architectures::{Dtype, TensorInfo, View, Weights, WeightsError};
 
-use super::{SourceError, map::map, read_json};
+use super::{DataFile, Extent, SourceError, map, read_json};
 
 /// The tensors of one or more safetensors files.
 #[derive(Debug)]
 pub(super) struct Checkpoint {
     tensors: HashMap<String, Stored>,
+    files: Vec<Arc<DataFile>>,
 }
 
 #[derive(Debug)]
@@ -28,12 +30,15 @@ struct Stored {
     dtype: Result<Dtype, String>,
     shape: Vec<usize>,
     data: Bytes,
+    /// Index of its file, and where it lies there.
+    file: usize,
+    offset: u64,
 }
 
 impl Checkpoint {
     /// Opens one file.
     pub(super) fn open(file: &Path) -> Result<Self, SourceError> {
-        let mut checkpoint = Self { tensors: HashMap::new() };
+        let mut checkpoint = Self { tensors: HashMap::new(), files: Vec::new() };
         checkpoint.add(file)?;
         Ok(checkpoint)
     }
@@ -41,7 +46,7 @@ impl Checkpoint {
     /// Opens the shards that `model.safetensors.index.json` lists, which lie beside it.
     pub(super) fn open_sharded(index: &Path) -> Result<Self, SourceError> {
         let weight_map = read_index(index)?;
-        let mut checkpoint = Self { tensors: HashMap::with_capacity(weight_map.len()) };
+        let mut checkpoint = Self { tensors: HashMap::with_capacity(weight_map.len()), files: Vec::new() };
         for shard in shards(&weight_map) {
             let file = index.with_file_name(shard);
             if !file.exists() {
@@ -76,8 +81,24 @@ impl Checkpoint {
             .collect();
     }
 
+    /// The files, as they were when they were opened.
+    pub(super) fn files(&self) -> Vec<Arc<DataFile>> {
+        self.files.clone()
+    }
+
+    /// Where every tensor of a known type lies, by name.
+    pub(super) fn extents(&self) -> HashMap<String, Extent> {
+        let of = |(name, stored): (&String, &Stored)| {
+            let info = self.info(name)?;
+            Some((name.clone(), Extent { file: self.files[stored.file].clone(), offset: stored.offset, info }))
+        };
+        self.tensors.iter().filter_map(of).collect()
+    }
+
     fn add(&mut self, file: &Path) -> Result<(), SourceError> {
-        let bytes = map(file)?;
+        let opened = map::open(file)?;
+        let bytes = map::map_opened(&opened)?;
+        self.files.push(Arc::new(DataFile::of(file, &opened)?));
         let broken = |reason: String| SourceError::Safetensors { file: file.to_owned(), reason };
         let (header, metadata) = SafeTensors::read_metadata(&bytes).map_err(|error| broken(explain(&bytes, &error)))?;
         // 8 bytes of length, then the header.
@@ -90,7 +111,9 @@ impl Checkpoint {
             }
             let (start, end) = info.data_offsets;
             let dtype = Dtype::parse(&info.dtype.to_string()).ok_or_else(|| info.dtype.to_string());
-            let stored = Stored { shard: file.to_owned(), dtype, shape: info.shape.clone(), data: data.slice(start..end) };
+            let place = (self.files.len() - 1, (8 + header + start) as u64);
+            let (shape, data) = (info.shape.clone(), data.slice(start..end));
+            let stored = Stored { shard: file.to_owned(), dtype, shape, data, file: place.0, offset: place.1 };
             match self.tensors.entry(name) {
                 Entry::Vacant(entry) => drop(entry.insert(stored)),
                 Entry::Occupied(entry) => {

@@ -1,15 +1,20 @@
 //! A composite onto disk, as a Hugging Face directory; [`gguf`]: any model as one file.
 //!
-//! Shards are laid out before a byte is written, filled in parallel at disjoint ranges of a `.partial` file, synced and renamed;
-//! `config.json` comes last, so that a directory that was not finished is not a model. A second run goes on from the finished shards.
+//! Shards are laid out before a byte is written and filled in parallel at disjoint ranges of `.partial` files. When all of them are synced
+//! they get their names, `config.json` last, so that a directory that was not finished is not a model. A second run goes on where the
+//! first one was.
 
 mod card;
+mod fill;
 pub mod gguf;
+mod manifest;
 mod shard;
+mod state;
+mod verify;
 
 use std::{
     collections::BTreeMap,
-    io::Write as _,
+    io::{ErrorKind, Write as _},
     path::{Path, PathBuf},
 };
 
@@ -17,10 +22,20 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use upcycle_architectures::WeightsError;
 
+use self::{
+    fill::Job,
+    manifest::Manifest,
+    shard::Shard,
+    state::{JobId, State},
+};
+pub use self::{
+    manifest::MANIFEST,
+    verify::{Verified, verify},
+};
 use crate::{
-    plan::Composite,
+    plan::{self, Composite, Plan, Sources},
     recipe::Recipe,
-    source::{self, Source},
+    source::{self, CONFIG, INDEX, Source},
 };
 
 /// How to write.
@@ -37,21 +52,23 @@ pub struct Options {
     pub card: bool,
     /// Whether weights that are NaN or infinite may be written.
     pub allow_non_finite: bool,
+    /// Bytes of a shard after which what is written is synced and recorded, so that it need not be written again.
+    pub checkpoint: u64,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { shard_size: 5_000_000_000, overwrite: false, tokenizer: true, card: true, allow_non_finite: false }
+        Self { shard_size: 5_000_000_000, overwrite: false, tokenizer: true, card: true, allow_non_finite: false, checkpoint: 1 << 30 }
     }
 }
 
 /// Told how far the writing is.
 pub trait Progress: Sync {
-    /// Before the first byte: bytes of all tensors, and bytes of finished shards found.
+    /// Before the first byte: bytes of all tensors, and those of them that are there already.
     fn begin(&self, _total: u64, _found: u64) {}
     /// After each run of bytes.
     fn advance(&self, _bytes: u64) {}
-    /// A shard has its final name.
+    /// A shard is on disk.
     fn shard(&self, _file: &str, _bytes: u64) {}
     /// Something worth saying.
     fn note(&self, _message: &str) {}
@@ -106,18 +123,30 @@ pub enum WriteError {
         /// which models
         origin: String,
     },
-    /// A tensor whose source gave another number of bytes.
-    #[error("tensor `{tensor}`: {origin} gave {found} bytes, planned were {expected}")]
-    Length {
-        /// its name in the composite
-        tensor: String,
-        /// which models
-        origin: String,
-        /// from the plan
-        expected: u64,
-        /// from the source
-        found: u64,
+    /// There is no room.
+    #[error(
+        "no room in {} for {bytes} bytes that are still to be written ({error}); free some, and the same command goes on where it was",
+        out.display()
+    )]
+    Full {
+        /// the directory
+        out: PathBuf,
+        /// how many
+        bytes: u64,
+        /// what the file system said
+        error: std::io::Error,
     },
+    /// What the composite says of itself is missing or damaged.
+    #[error("{}: {reason}", out.join(MANIFEST).display())]
+    Manifest {
+        /// the directory
+        out: PathBuf,
+        /// what is wrong
+        reason: String,
+    },
+    /// The directory is where a source was read from.
+    #[error("{} is one of the models that are composed; give another directory to write into", .0.display())]
+    Source(PathBuf),
 }
 
 /// What was written.
@@ -125,8 +154,18 @@ pub enum WriteError {
 pub struct Written {
     /// File and bytes of every shard.
     pub shards: Vec<(String, u64)>,
-    /// Bytes of shards that an earlier run had finished.
+    /// Bytes that were there: written by an earlier run, or the same in an earlier composite.
     pub found: u64,
+}
+
+/// Most bytes of tensors held at once while writing, by all threads of the current pool: a block each, of f32s beside its own bytes, or all
+/// of a part that can only be computed as a whole.
+pub fn memory(plan: &Plan, sources: &Sources) -> u64 {
+    let parts = plan.tensors.iter().flat_map(|tensor| tensor.parts.iter().map(move |part| (tensor, part)));
+    let whole = parts.filter(|(_, part)| !part.divisible(sources)).map(|(tensor, _)| tensor.info.elements() / tensor.parts.len());
+    let elements = whole.max().unwrap_or(0).max(fill::ELEMENTS) as u64;
+    // The values, and twice the bytes: of the source, and of the output.
+    elements * (4 + 2 * plan.dtype.bytes(1) as u64) * rayon::current_num_threads() as u64
 }
 
 /// Whether a checkpoint can hold what the recipe asks for.
@@ -174,7 +213,8 @@ pub fn write(
     write_with(composite, &papers(composite, recipe), out, options, progress)
 }
 
-/// Writes a composite with these papers into directory `out` (made if it is not there).
+/// Writes a composite with these papers into directory `out` (made if it is not there). An earlier composite in it stays whole until
+/// everything of the new one is on disk.
 pub fn write_with(
     composite: &Composite,
     papers: &Papers<'_>,
@@ -182,94 +222,159 @@ pub fn write_with(
     options: &Options,
     progress: &dyn Progress,
 ) -> Result<Written, WriteError> {
-    let shards = shard::layout(&composite.plan.tensors, options.shard_size);
-    let digest = digest(composite, options);
-    let state = claim(out, &digest, options.overwrite, progress)?;
-
-    let done = |shard: &shard::Shard| fs_err::metadata(out.join(&shard.file)).is_ok_and(|meta| meta.len() == shard.bytes());
-    let found = shards.iter().filter(|shard| done(shard)).map(|shard| shard.data).sum();
-    progress.begin(shards.iter().map(|shard| shard.data).sum(), found);
-    for shard in &shards {
-        if done(shard) {
-            continue;
-        }
-        let path = out.join(&shard.file);
-        let partial = out.join(format!(".{}.partial", shard.file));
-        shard::fill(composite, shard, &partial, options, progress)?;
-        fs_err::rename(&partial, &path)?;
-        progress.shard(&shard.file, shard.bytes());
+    if let Some(source) = composite.sources.all.iter().find(|source| same_place(&source.location, out)) {
+        return Err(WriteError::Source(source.location.clone()));
     }
+    let shards = shard::layout(composite, options.shard_size);
+    let fingerprint = composite.fingerprint();
+    let keys: Vec<String> = shards.iter().map(|shard| manifest::key(composite, shard, &fingerprint)).collect();
+    let digest = plan::hex(&Sha256::digest(format!("{fingerprint} {}", options.shard_size)));
+    let mut state = state::claim(out, &digest, options.overwrite, progress)?;
+
+    let jobs: Vec<Vec<Job>> = shards.iter().enumerate().map(|(number, shard)| fill::jobs(composite, number, shard)).collect();
+    let earlier = Manifest::read(out).ok();
+    let kept = earlier.as_ref().map_or_else(|| vec![false; shards.len()], |manifest| manifest.kept(out, &shards, &keys));
+    let begun: Vec<bool> = (0..shards.len()).map(|number| begun(out, &shards[number], &jobs[number], &state)).collect();
+    state.retain(|number| begun.get(number).is_some_and(|begun| *begun))?;
+
+    let left = jobs.iter().zip(&kept).filter(|(_, kept)| !**kept).flat_map(|(jobs, _)| jobs);
+    let todo: Vec<&Job> = left.filter(|job| !state.done.contains_key(&job.id)).collect();
+    let missing = todo.iter().map(|job| job.bytes).sum();
+    let total: u64 = shards.iter().map(|shard| shard.data).sum();
+    progress.begin(total, total - missing);
+    let fresh: Vec<&Shard> = (0..shards.len()).filter(|&number| !kept[number] && !begun[number]).map(|number| &shards[number]).collect();
+    let filled = preallocate(&fresh, out).and_then(|()| fill::fill(composite, &shards, &todo, out, &state, options, progress));
+    let filled = filled.map_err(|error| full(error, out, missing))?;
+    composite.sources.all.iter().try_for_each(source::check_unchanged)?;
+
+    let crcs: BTreeMap<JobId, u32> = state.done.iter().map(|(id, crc)| (*id, *crc)).chain(filled).collect();
+    let mut manifest = Manifest::of(composite, &shards, &keys, &jobs, &crcs);
+    if let Some(earlier) = earlier {
+        manifest.keep(&earlier, shards.iter().zip(&kept).filter(|(_, kept)| **kept).map(|(shard, _)| shard.file.as_str()));
+    }
+    commit(&Final { composite, papers, manifest: &manifest, options }, &shards, out)?;
+    state.finish()?;
+    sync_directory(out)?;
+    Ok(Written { shards: shards.iter().map(|shard| (shard.file.clone(), shard.bytes())).collect(), found: total - missing })
+}
+
+/// Whether what the journal says of a shard is true of a file: the partial one, or, where nothing is left to do, the one that was renamed.
+fn begun(out: &Path, shard: &Shard, jobs: &[Job], state: &State) -> bool {
+    let length = |name: &str| fs_err::metadata(out.join(name)).map(|meta| meta.len()).ok();
+    match length(&shard.partial()) {
+        Some(bytes) => bytes == shard.bytes(),
+        None => length(&shard.file) == Some(shard.bytes()) && jobs.iter().all(|job| state.done.contains_key(&job.id)),
+    }
+}
+
+/// Makes the files of shards, or none of them: what there is no room for is not begun.
+fn preallocate(shards: &[&Shard], out: &Path) -> Result<(), WriteError> {
+    shards.iter().try_for_each(|shard| fill::preallocate(shard, out)).map_err(|error| {
+        for shard in shards {
+            // The first error is the one to tell.
+            let _ = fs_err::remove_file(out.join(shard.partial()));
+        }
+        error.into()
+    })
+}
+
+/// The same error, with the number of bytes that were still to be written if it is for want of room.
+fn full(error: WriteError, out: &Path, bytes: u64) -> WriteError {
+    match error {
+        WriteError::Io(error) if matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge) => {
+            WriteError::Full { out: out.to_owned(), bytes, error }
+        }
+        other => other,
+    }
+}
+
+/// What gets its final name when all shards are filled.
+struct Final<'a> {
+    composite: &'a Composite,
+    papers: &'a Papers<'a>,
+    manifest: &'a Manifest,
+    options: &'a Options,
+}
+
+/// Gives everything its final name. On the way the directory is no model: its config goes first and comes last.
+fn commit(last: &Final<'_>, shards: &[Shard], out: &Path) -> Result<(), WriteError> {
+    let Final { composite, papers, manifest, options } = last;
+    let finished: Vec<&Shard> = shards.iter().filter(|shard| out.join(shard.partial()).exists()).collect();
+    let stale = stale(out, shards)?;
+    if !finished.is_empty() || !stale.is_empty() {
+        remove(&out.join(CONFIG))?;
+        sync_directory(out)?;
+    }
+    for shard in finished {
+        fs_err::rename(out.join(shard.partial()), out.join(&shard.file))?;
+    }
+    stale.iter().try_for_each(|path| remove(path))?;
     if shards.len() > 1 {
         let map: BTreeMap<&str, &str> = shards
             .iter()
             .flat_map(|shard| shard.tensors.clone().map(|t| (composite.plan.tensors[t].name.as_str(), shard.file.as_str())))
             .collect();
         let index = json!({"metadata": {"total_size": composite.plan.bytes()}, "weight_map": map});
-        put(out, "model.safetensors.index.json", &pretty(&index))?;
+        put(out, INDEX, &pretty(&index))?;
     }
     sidecars(composite, papers.tokenizer, out, options)?;
     for (name, bytes) in papers.files.iter().filter(|_| options.card) {
         put(out, name, bytes)?;
     }
-    put(out, "config.json", &pretty(&composite.plan.config_json))?;
-    drop(state);
-    fs_err::remove_file(out.join(UNFINISHED))?;
-    Ok(Written { shards: shards.iter().map(|shard| (shard.file.clone(), shard.bytes())).collect(), found })
+    put(out, MANIFEST, &pretty(&json!(manifest)))?;
+    sync_directory(out)?;
+    put(out, CONFIG, &pretty(&composite.plan.config_json))?;
+    sync_directory(out)
+}
+
+/// Weights in the directory that are not of this composite.
+fn stale(out: &Path, shards: &[Shard]) -> std::io::Result<Vec<PathBuf>> {
+    let mut stale = Vec::new();
+    for entry in fs_err::read_dir(out)? {
+        let path = entry?.path();
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let weights = name.starts_with("model") && name.ends_with(".safetensors") && !shards.iter().any(|shard| shard.file == name);
+        if weights || name == INDEX && shards.len() == 1 {
+            stale.push(path);
+        }
+    }
+    Ok(stale)
+}
+
+fn remove(path: &Path) -> Result<(), WriteError> {
+    match fs_err::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
+fn same_place(a: &Path, b: &Path) -> bool {
+    matches!((fs_err::canonicalize(a), fs_err::canonicalize(b)), (Ok(a), Ok(b)) if a == b)
+}
+
+/// Renames are on disk when their directory is.
+#[cfg(unix)]
+fn sync_directory(out: &Path) -> Result<(), WriteError> {
+    Ok(fs_err::File::open(out)?.sync_all()?)
+}
+
+#[cfg(not(unix))]
+fn sync_directory(_: &Path) -> Result<(), WriteError> {
+    Ok(())
 }
 
 /// Whether [`write`] would refuse the directory, asked before any work is done.
 pub fn check_directory(out: &Path, options: &Options) -> Result<(), WriteError> {
     let mut entries = match fs_err::read_dir(out) {
         Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => return Err(WriteError::File(out.to_owned())),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == ErrorKind::NotADirectory => return Err(WriteError::File(out.to_owned())),
         Err(error) => return Err(error.into()),
     };
     if !options.overwrite && !out.join(UNFINISHED).exists() && entries.next().is_some() {
         return Err(WriteError::Occupied(out.to_owned()));
     }
     Ok(())
-}
-
-/// Makes the directory ours: empty, or left unfinished by the same recipe. The returned file holds the lock.
-fn claim(out: &Path, digest: &str, overwrite: bool, progress: &dyn Progress) -> Result<fs_err::File, WriteError> {
-    fs_err::create_dir_all(out)?;
-    let path = out.join(UNFINISHED);
-    let entries: Vec<PathBuf> = fs_err::read_dir(out)?.map(|entry| Ok(entry?.path())).collect::<std::io::Result<_>>()?;
-    let unfinished = entries.contains(&path);
-    if !unfinished && !entries.is_empty() && !overwrite {
-        return Err(WriteError::Occupied(out.to_owned()));
-    }
-    let mut state = fs_err::OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path)?;
-    if state.file().try_lock().is_err() {
-        return Err(WriteError::Locked(out.to_owned()));
-    }
-    let before = if unfinished { fs_err::read_to_string(&path)? } else { String::new() };
-    if before != digest {
-        if unfinished && !before.is_empty() {
-            progress.note("the recipe or a source changed since the unfinished run: starting over");
-        }
-        // A file of an earlier composite must not be taken for one of this: not its shards, and not its config.
-        for entry in entries.iter().filter(|entry| stale(entry)) {
-            fs_err::remove_file(entry)?;
-        }
-        state.set_len(0)?;
-        state.write_all(digest.as_bytes())?;
-        state.sync_all()?;
-    }
-    Ok(state)
-}
-
-fn stale(path: &Path) -> bool {
-    let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    let ours = name.starts_with("model") || name.starts_with(".model");
-    name == "config.json" || ours && [".safetensors", ".partial", ".index.json"].iter().any(|end| name.ends_with(end))
-}
-
-/// Of everything that decides the output's bytes.
-fn digest(composite: &Composite, options: &Options) -> String {
-    let parts = format!("{} {}", composite.fingerprint(), options.shard_size);
-    Sha256::digest(parts).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn sidecars(composite: &Composite, tokenizer: &Source, out: &Path, options: &Options) -> Result<(), WriteError> {

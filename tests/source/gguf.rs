@@ -81,6 +81,13 @@ pub(super) fn fixture(family: &str, architecture: &str, dtype: GgmlDType, stacke
     fixture
 }
 
+/// Good files: one of floats, one quantised and sparse.
+pub fn examples() -> Vec<Vec<u8>> {
+    let dense = fixture("llama", "llama", GgmlDType::F16, Stacking::PerExpert);
+    let sparse = fixture("qwen3_moe", "qwen3moe", GgmlDType::Q8_0, Stacking::Stacked);
+    [dense, sparse].map(|fixture| fs_err::read(fixture.gguf()).unwrap()).to_vec()
+}
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stacking {
     /// One tensor per projection and layer.

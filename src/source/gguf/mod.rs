@@ -8,14 +8,14 @@ mod read;
 mod tensors;
 mod tokenizer;
 
-use std::{path::Path, sync::Arc};
+use std::{collections::HashMap, path::Path, sync::Arc};
 
 pub(crate) use self::{
     read::Gguf,
     tensors::{floats, names},
     tokenizer::{GPT2, splitting_name},
 };
-use super::{ModelRef, Source, SourceError};
+use super::{DataFile, ModelRef, Source, SourceError, map};
 
 /// Whether a file is one, by its first bytes.
 pub(super) fn is_gguf(file: &Path) -> std::io::Result<bool> {
@@ -38,6 +38,8 @@ pub(super) fn open(reference: &ModelRef, file: &Path) -> Result<Source, SourceEr
         config,
         config_json,
         weights: Arc::new(weights),
+        extents: HashMap::new(),
+        files: vec![Arc::new(DataFile::of(file, &map::open(file)?)?)],
         sidecars,
     })
 }

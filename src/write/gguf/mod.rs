@@ -20,7 +20,7 @@ use self::{
     file::{Info, Value},
     metadata::Architecture,
 };
-use super::{Progress, shard::write_at};
+use super::{Progress, fill::write_at};
 use crate::{
     quantize::{self, Importance, Mix, Scheme},
     source::{self, Sidecar},

@@ -1,0 +1,197 @@
+//! Composites that are on disk: changed expert by expert, held against what was written, told about in JSON; and the plan of one that no machine
+//! here could hold.
+
+use std::{
+    path::Path,
+    process::{Command, Output},
+    time::{Duration, Instant},
+};
+
+use assert_cmd::cargo::cargo_bin;
+use serde_json::{Map, Value, json};
+
+use crate::{compose::files, support::models};
+
+fn upcycle(dir: &Path, args: &[&str]) -> Output {
+    let mut command = Command::new(cargo_bin!("upcycle"));
+    command.args(args).current_dir(dir).envs([("RAYON_NUM_THREADS", "2"), ("HF_HUB_OFFLINE", "1"), ("NO_COLOR", "1"), ("HF_HOME", "hf")]);
+    command.output().unwrap()
+}
+
+/// Exit code 0; what came out on stdout.
+fn done(dir: &Path, args: &[&str]) -> String {
+    let output = upcycle(dir, args);
+    assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn fails(dir: &Path, args: &[&str]) -> (String, String) {
+    let output = upcycle(dir, args);
+    assert_eq!(output.status.code(), Some(1), "{args:?}");
+    (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap())
+}
+
+/// A base and experts `a` to `d`, and a recipe over some of them.
+fn directory(experts: &str) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for (seed, name) in ["base", "a", "b", "c", "d"].iter().enumerate() {
+        models::write(&dir.path().join(name), "llama", seed as u64);
+    }
+    recipe(dir.path(), "recipe.yml", experts);
+    dir
+}
+
+fn recipe(dir: &Path, file: &str, experts: &str) {
+    let expert = |name: char| format!("  - source_model: {name}\n    positive_prompts: [w{}]\n", u32::from(name));
+    let experts: String = experts.chars().map(expert).collect();
+    fs_err::write(dir.join(file), format!("base_model: base\ngate_mode: hidden\nexperts:\n{experts}")).unwrap();
+}
+
+const SHARDS: [&str; 2] = ["--out-shard-size", "20K"];
+
+#[test]
+fn experts_come_and_go_in_place() {
+    let dir = directory("abc");
+    let dir = dir.path();
+    let compose = |recipe: &str, out: &str| done(dir, &["compose", recipe, out, SHARDS[0], SHARDS[1]]);
+    // The same but for the recipe's own text, which is not kept to the letter.
+    let same_as = |experts: &str| {
+        recipe(dir, "fresh.yml", experts);
+        compose("fresh.yml", "fresh");
+        let [changed, fresh] = ["out", "fresh"].map(|name| {
+            let mut files = files(&dir.join(name));
+            assert!(files.remove("upcycle_recipe.yml").is_some() && files.remove("README.md").is_some());
+            files
+        });
+        assert!(changed == fresh, "{experts}: {:?} and {:?}", changed.keys(), fresh.keys());
+        fs_err::remove_dir_all(dir.join("fresh")).unwrap();
+    };
+    compose("recipe.yml", "out");
+    done(dir, &["replace-expert", "out", "b", "d", "--prompt", "w100", SHARDS[0], SHARDS[1]]);
+    same_as("adc");
+    done(dir, &["add-expert", "out", "b", "--prompt", "w98", SHARDS[0], SHARDS[1]]);
+    same_as("adcb");
+    done(dir, &["remove-expert", "out", "0", SHARDS[0], SHARDS[1]]);
+    same_as("dcb");
+    done(dir, &["verify", "out"]);
+    let before = files(&dir.join("out"));
+    assert!(fails(dir, &["remove-expert", "out", "a"]).1.contains("there is no expert `a`; there are d, c, b, numbered from 0"));
+    assert!(fails(dir, &["add-expert", "out", "nowhere", "--prompt", "x"]).1.contains("nowhere"));
+    assert!(files(&dir.join("out")) == before, "a change that fails changes nothing");
+}
+
+#[test]
+fn verify_says_what_differs_a_line_each() {
+    let dir = directory("abc");
+    let dir = dir.path();
+    done(dir, &["compose", "recipe.yml", "out"]);
+    let good: Value = serde_json::from_str(&done(dir, &["verify", "--json", "out"])).unwrap();
+    assert_eq!((&good["differences"], &good["absent"]), (&json!([]), &json!([])));
+    assert!(good["compared"].as_u64() > Some(20) && good["compared"].as_u64() < good["tensors"].as_u64());
+    models::rewrite(&dir.join("out"), |bytes| *bytes.last_mut().unwrap() ^= 1);
+    let (stdout, stderr) = fails(dir, &["verify", "out", "--no-sources"]);
+    assert_eq!(stdout.lines().count(), 1);
+    assert!(stdout.starts_with("tensor `lm_head.weight` in model.safetensors has the checksum "), "{stdout}");
+    assert!(stderr.contains("error: out is not as it was written"), "{stderr}");
+    models::rewrite(&dir.join("out"), |bytes| bytes.truncate(bytes.len() - 4));
+    assert!(fails(dir, &["verify", "out"]).1.contains("it was cut short"));
+    let (_, stderr) = fails(dir, &["verify", "a"]);
+    assert!(stderr.contains("upcycle_manifest.json") && stderr.contains("did not write this model"), "{stderr}");
+}
+
+#[test]
+fn progress_is_told_in_json() {
+    let dir = directory("abc");
+    let stdout = done(dir.path(), &["-q", "compose", "recipe.yml", "out", "--json", SHARDS[0], SHARDS[1]]);
+    let events: Vec<Value> = stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let of = |kind: &str| events.iter().filter(|event| event["event"] == kind).collect::<Vec<_>>();
+    assert_eq!(events[0]["event"], "begin");
+    assert!(of("progress").iter().all(|event| event["bytes_per_second"].is_u64() && event["seconds_left"].is_number()));
+    let shards = of("shard");
+    assert!(shards.len() > 2);
+    let written: u64 = shards.iter().map(|shard| shard["bytes"].as_u64().unwrap()).sum();
+    assert!(written > events[0]["total"].as_u64().unwrap());
+}
+
+#[test]
+fn licences_are_on_the_card_and_conflicts_are_found() {
+    let dir = directory("ab");
+    let dir = dir.path();
+    let card =
+        |model: &str, licence: &str| fs_err::write(dir.join(model).join("README.md"), format!("---\nlicense: {licence}\n---\n")).unwrap();
+    card("base", "apache-2.0");
+    card("a", "apache-2.0");
+    done(dir, &["compose", "recipe.yml", "out"]);
+    let text = fs_err::read_to_string(dir.join("out/README.md")).unwrap();
+    assert!(text.contains("\nlicense: apache-2.0\n") && text.contains("| expert 0 | a | apache-2.0 |"), "{text}");
+    assert!(text.contains("condition numbers of the 2 layers"), "{text}");
+    card("a", "gpl-3.0");
+    card("b", "llama3");
+    let (_, stderr) = fails(dir, &["plan", "recipe.yml"]);
+    assert!(stderr.contains("`a` is under `gpl-3.0`, `b` under `llama3`") && stderr.contains("--allow licence-conflict"), "{stderr}");
+    done(dir, &["plan", "recipe.yml", "--allow", "licence-conflict"]);
+}
+
+/// Llama 70B as a file of holes.
+fn seventy_billion(dir: &Path) {
+    let (d, f, layers, kv, vocab) = (8192, 28672, 80, 1024, 128_256);
+    let config = json!({
+        "model_type": "llama", "hidden_size": d, "intermediate_size": f, "num_hidden_layers": layers, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "vocab_size": vocab,
+        "tie_word_embeddings": false, "torch_dtype": "bfloat16",
+    });
+    let mut tensors = vec![
+        ("model.embed_tokens.weight".to_owned(), vec![vocab, d]),
+        ("lm_head.weight".into(), vec![vocab, d]),
+        ("model.norm.weight".into(), vec![d]),
+    ];
+    for l in 0..layers {
+        for (name, shape) in [
+            ("input_layernorm", vec![d]),
+            ("post_attention_layernorm", vec![d]),
+            ("self_attn.q_proj", vec![d, d]),
+            ("self_attn.k_proj", vec![kv, d]),
+            ("self_attn.v_proj", vec![kv, d]),
+            ("self_attn.o_proj", vec![d, d]),
+            ("mlp.gate_proj", vec![f, d]),
+            ("mlp.up_proj", vec![f, d]),
+            ("mlp.down_proj", vec![d, f]),
+        ] {
+            tensors.push((format!("model.layers.{l}.{name}.weight"), shape));
+        }
+    }
+    let (mut header, mut end) = (Map::new(), 0_u64);
+    for (name, shape) in tensors {
+        let start = end;
+        end += 2 * shape.iter().product::<usize>() as u64;
+        header.insert(name, json!({"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}));
+    }
+    let header = Value::Object(header).to_string();
+    fs_err::create_dir_all(dir).unwrap();
+    fs_err::write(dir.join("config.json"), config.to_string()).unwrap();
+    let file = dir.join("model.safetensors");
+    fs_err::write(&file, [&(header.len() as u64).to_le_bytes(), header.as_bytes()].concat()).unwrap();
+    fs_err::OpenOptions::new().write(true).open(&file).unwrap().set_len(8 + header.len() as u64 + end).unwrap();
+}
+
+#[test]
+fn eight_times_70_billion_are_planned_in_seconds() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let mut recipe = "base_model: base\ngate_mode: random\nexperts:\n".to_owned();
+    seventy_billion(&dir.join("base"));
+    for e in 0..8 {
+        seventy_billion(&dir.join(format!("ft{e}")));
+        recipe += &format!("  - source_model: ft{e}\n    positive_prompts: [\"{e}\"]\n");
+    }
+    fs_err::write(dir.join("recipe.yml"), recipe).unwrap();
+    let start = Instant::now();
+    let plan: Value = serde_json::from_str(&done(dir, &["plan", "recipe.yml", "--json"])).unwrap();
+    assert!(start.elapsed() < Duration::from_secs(60), "{:?}", start.elapsed());
+    let mlps = 8 * 80 * 3 * 8192 * 28672_u64;
+    let attention = 80 * (2 * 8192 * 8192 + 2 * 1024 * 8192_u64);
+    let rest = 2 * 128_256 * 8192 + 80 * (2 * 8192 + 8 * 8192) + 8192;
+    assert_eq!(plan["parameters"], mlps + attention + rest);
+    assert_eq!(plan["bytes"], 2 * (mlps + attention + rest));
+    assert!(plan["memory"].as_u64().unwrap() < 150_000_000, "{}", plan["memory"]);
+}
