@@ -237,6 +237,7 @@ fn help_names_every_command() {
                       kind
       stats           Gather or merge statistics of what a composite's routers see
       gates           Set a composite's gates anew, from such statistics
+      quantize        Write a model as one GGUF file, smaller
       bench           How fast a model reads and writes here
       doctor          Devices, features, disk and memory
       completions     Shell completions
