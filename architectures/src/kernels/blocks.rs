@@ -9,6 +9,7 @@
 use super::{
     Kernels, parallel,
     product::{Block, Rows},
+    simd::ROUND,
 };
 use crate::{blocks::Parts, weights::Dtype};
 
@@ -57,7 +58,7 @@ impl Eight {
                 let mut sums = [0i32; 2];
                 for (half, (levels, x)) in eight.levels[group * GROUP..][..GROUP].chunks_exact_mut(16).zip(x.chunks_exact(16)).enumerate() {
                     for (level, x) in levels.iter_mut().zip(x) {
-                        *level = (x * inverse).round_ties_even() as i8;
+                        *level = (x * inverse + ROUND - ROUND) as i8;
                     }
                     sums[half] = levels.iter().map(|level| i32::from(*level)).sum();
                     eight.sums[0][2 * group + half] = scale * sums[half] as f32;
@@ -102,7 +103,7 @@ pub(super) struct Rows16 {
     pub there: usize,
     /// blocks of each row
     pub blocks: usize,
-    /// the block of the first row that the next panel begins with, if there is one: worth fetching
+    /// what is unpacked soon, if it is there: as many bytes, worth fetching
     pub next: *const u8,
 }
 
@@ -173,11 +174,8 @@ unsafe fn block_of<I: Integers, const S: usize>(b: &Block<'_>, dtype: Dtype) {
                 let row = b.start + start + p * LANES;
                 let columns = at / elements * bytes;
                 let first = b.weights.data()[row * row_bytes + columns..].as_ptr();
-                let next = if at + CHUNK < inner {
-                    first.wrapping_add(dtype.bytes(CHUNK))
-                } else {
-                    first.wrapping_add(WIDE * row_bytes).wrapping_sub(columns)
-                };
+                // The same share of the rows that come next.
+                let next = first.wrapping_sub(columns).wrapping_add(WIDE * row_bytes + LANES * columns);
                 let rows = Rows16 { first, stride: row_bytes, there: (out - p * LANES).min(LANES), blocks: len / elements, next };
                 // SAFETY: the rows are there.
                 unsafe { I::unpack(dtype, rows, panel) };

@@ -1,4 +1,4 @@
-//! The CPU's own kernels: products of stored weights with f32 rows, and attention over a cache, for the instructions that the CPU has.
+//! The CPU's own kernels: products of stored weights with rows, and attention over a cache, for the instructions that the CPU has.
 //!
 //! They know bytes, rows and threads, and nothing of models: the decoder calls them where a tensor lies in the CPU's memory and no gradient is
 //! wanted, and candle everywhere else. Weights are read where they lie, at any alignment, and are never copied or converted as a whole.
@@ -7,8 +7,11 @@
 //! along the inner dimension, [`product::CHUNK`] elements at a time), whether it multiplies one row or a thousand, and attention walks blocks
 //! of keys that begin at multiples of a fixed number. It differs between [`Kernels`], whose vectors are of different lengths.
 //!
-//! `unsafe` code of this crate stands here alone. Every kernel is one generic function over [`simd::Simd`], so that what is tested for one
-//! kind of instructions is what runs with another.
+//! Weights in ggml's blocks meet rows in eight bits ([`blocks`]), bf16 weights meet rows in bf16 where the caller asks for speed
+//! ([`Kernels::Avx512Bf16`]), and all else is multiplied in f32.
+//!
+//! `unsafe` code of this crate stands here alone. Every kernel is one generic function over [`simd::Simd`] (for blocks [`blocks::Integers`]), so
+//! that what is tested for one kind of instructions is what runs with another.
 
 #![allow(clippy::inline_always, reason = "what is not inlined is not compiled for the instructions of its caller")]
 

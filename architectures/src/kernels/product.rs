@@ -20,8 +20,14 @@ use crate::{config::Activation, weights::Dtype};
 /// Inner elements that are summed in lanes before the lanes are added up: a tile's rows of x fit the first-level cache. Part of the order of
 /// every sum, so the same for any number of rows.
 pub(crate) const CHUNK: usize = 1024;
-/// Bytes of weights that a task goes through: a few of them fit the second-level cache, and reading one takes some microseconds.
+/// Bytes of weights that a task goes through, at least: a few of them fit the second-level cache, and reading one takes some microseconds.
 const TASK: usize = 128 << 10;
+/// The same, at most, where weights are read but once: the beginning of a task is not foreseen, neither by the CPU nor by what fetches ahead.
+const LONG_TASK: usize = 1 << 20;
+/// As many tasks of weights that are read but once should come to each thread.
+const SHARE: usize = 4;
+/// With so many rows of x the weights, not the products, are what takes time.
+const FEW: usize = 16;
 /// Rows of x in a task.
 const ROWS: usize = 192;
 /// Bytes by which a stream of weights is fetched ahead of its use.
@@ -96,6 +102,10 @@ impl<'a> Operation<'a> {
         match self {
             Self::Linear(weights, _) | Self::Gated([(weights, _), _], _) => *weights,
         }
+    }
+
+    fn matrices(&self) -> usize {
+        if let Self::Gated(..) = self { 2 } else { 1 }
     }
 }
 
@@ -209,6 +219,8 @@ impl Kernel for Round<'_> {
 pub(crate) fn run(kernels: Kernels, jobs: Vec<Job<'_>>) {
     let mut tasks = 0;
     let prepared = Prepared::of(kernels, &jobs);
+    let bytes: usize = jobs.iter().map(|job| job.operation.matrices() * job.operation.weights().data.len()).sum();
+    let long = (bytes / (SHARE * rayon::current_num_threads())).clamp(TASK, LONG_TASK);
     let parts: Vec<Part<'_>> = jobs
         .into_iter()
         .map(|job| {
@@ -225,8 +237,11 @@ pub(crate) fn run(kernels: Kernels, jobs: Vec<Job<'_>>) {
             if let Operation::Gated([(gate, _), (up, _)], _) = job.operation {
                 assert_eq!((gate.rows, gate.inner), (up.rows, up.inner), "gate and up of different shapes");
             }
-            let multiple = if let Element::Blocks(_) = weights.element { 2 * blocks::LANES } else { TILE };
-            let block = (TASK / weights.row_bytes()).max(1).next_multiple_of(multiple);
+            let (multiple, once) = match weights.element {
+                Element::Blocks(_) => (2 * blocks::LANES, true),
+                _ => (TILE, n <= FEW),
+            };
+            let block = (if once { long } else { TASK } / weights.row_bytes()).max(1).next_multiple_of(multiple);
             let across = n.div_ceil(ROWS);
             let first = tasks;
             tasks += weights.rows.div_ceil(block) * across;

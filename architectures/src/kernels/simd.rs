@@ -205,11 +205,12 @@ impl Simd for Plain {
     unsafe fn prefetch(_: *const u8) {}
 }
 
+/// Adding and taking away 1.5 * 2^23 rounds to a whole number, ties to even, without a branch or a call.
+pub(super) const ROUND: f32 = 12_582_912.0;
+
 /// e to the x, to 2 units in the last place; 0 below -87. Without branches, so that loops over it become vectors.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
-    /// Adding and taking away 1.5 * 2^23 rounds to a whole number.
-    const ROUND: f32 = 12_582_912.0;
     // Cephes' expf: x = n ln 2 + r with ln 2 in two parts, then a polynomial in r.
     let bounded = x.clamp(-87.0, 88.0);
     let n = (bounded * std::f32::consts::LOG2_E + ROUND) - ROUND;

@@ -46,12 +46,11 @@ impl Integers for Avx512 {
             }
             let (elements, bytes) = dtype.block();
             let subs = elements / dtype.sub_block();
+            let mut fetched = 0;
             for block in 0..rows.blocks {
-                for lane in 0..LANES {
-                    for line in (0..bytes).step_by(64) {
-                        let next = rows.next.wrapping_add(lane * rows.stride + block * bytes + line);
-                        arch::_mm_prefetch::<{ arch::_MM_HINT_NTA }>(next.cast());
-                    }
+                while fetched < (block + 1) * bytes * LANES {
+                    arch::_mm_prefetch::<{ arch::_MM_HINT_T0 }>(rows.next.wrapping_add(fetched).cast());
+                    fetched += 64;
                 }
                 let from = From { data: rows.first.add(block * bytes), stride: rows.stride };
                 let to = To {
@@ -220,7 +219,10 @@ unsafe fn to_fifth(x: arch::__m512i) -> arch::__m512i {
 
 const LOW: i32 = 0x0f0f_0f0f;
 
-#[inline(always)]
+// Inlined into the loop over blocks, each of these became dozens of pointers that step along on the stack: half the speed.
+
+#[inline(never)]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 unsafe fn q4_0(from: From, to: To) {
     unsafe {
         to.one_scale(from.halves(), 8.0);
@@ -232,7 +234,8 @@ unsafe fn q4_0(from: From, to: To) {
     }
 }
 
-#[inline(always)]
+#[inline(never)]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 unsafe fn q5_0(from: From, to: To) {
     unsafe {
         to.one_scale(from.halves(), 16.0);
@@ -248,7 +251,8 @@ unsafe fn q5_0(from: From, to: To) {
     }
 }
 
-#[inline(always)]
+#[inline(never)]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 unsafe fn q8_0(from: From, to: To) {
     unsafe {
         to.one_scale(from.halves(), 128.0);
@@ -263,7 +267,8 @@ unsafe fn q8_0(from: From, to: To) {
 }
 
 /// `Q5_K` if there are fifth bits, else `Q4_K`.
-#[inline(always)]
+#[inline(never)]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 unsafe fn k<const FIFTH: bool>(from: From, to: To) {
     unsafe {
         let [both, low_scales, low_minima, high] = from.columns();
@@ -312,7 +317,8 @@ unsafe fn k<const FIFTH: bool>(from: From, to: To) {
     }
 }
 
-#[inline(always)]
+#[inline(never)]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 unsafe fn q6_k(from: From, to: To) {
     unsafe {
         let d = from.at(208).halves();
