@@ -1,7 +1,7 @@
 //! Weight matrices [out, in] and the linear layers made of them.
 //!
 //! On a device a matrix is a candle tensor. On the CPU it stays the bytes that the checkpoint holds, usually a memory map: candle would
-//! copy them, and its bf16 matmul widens the whole matrix to f32 on every call. Our own kernels multiply it where it lies, in f32.
+//! copy them, and its bf16 matmul widens the whole matrix to f32 on every call. Our own kernels multiply it where it lies.
 
 use std::ops::{Deref, Range};
 
