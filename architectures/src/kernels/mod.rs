@@ -4,8 +4,9 @@
 //! wanted, and candle everywhere else. Weights are read where they lie, at any alignment, and are never copied or converted as a whole.
 //!
 //! *A row's result is the same to the last bit whatever rows stand beside it*, and however many: every product sums in the same order (lanes
-//! along the inner dimension, [`product::CHUNK`] elements at a time; for blocks one sub-block after the other), whether it multiplies one row or a thousand, and attention walks blocks
-//! of keys that begin at multiples of a fixed number. It differs between [`Kernels`], whose vectors are of different lengths.
+//! along the inner dimension, [`product::CHUNK`] elements at a time; for blocks one sub-block after the other), whether it multiplies one row
+//! or a thousand, and attention walks blocks of keys that begin at multiples of a fixed number. It differs between [`Kernels`], whose vectors
+//! are of different lengths.
 //!
 //! Weights in ggml's blocks meet rows in eight bits ([`blocks`]), bf16 weights meet rows in bf16 where the caller asks for speed
 //! ([`Kernels::Avx512Bf16`]), and all else is multiplied in f32.
