@@ -82,7 +82,7 @@ fn same_in_a_crowd(engine: impl Fn(Options) -> Engine) {
         let request = |(i, prompt): (usize, &&str)| {
             let drawn = Sampling { temperature: 0.8, top_p: 0.95, seed: Some(i as u64), ..Sampling::default() };
             let sampling = if i % 2 == 0 { greedy() } else { drawn };
-            Request { prompt: engine.text().prompt(prompt).unwrap(), sampling, max_tokens: Some(40), stop: Vec::new() }
+            Request { prompt: engine.text().prompt(prompt).unwrap(), sampling, max_tokens: Some(40), ..Request::default() }
         };
         prompts.iter().enumerate().map(request).collect()
     };

@@ -49,7 +49,7 @@ fn answers(engine: &Engine, together: bool) -> Vec<(String, Finish)> {
     let greedy = Sampling { temperature: 0.0, ..Sampling::default() };
     let request = |text: &String| {
         let prompt = engine.text().prompt(text).unwrap();
-        Request { prompt, sampling: greedy.clone(), max_tokens: Some(12), stop: Vec::new() }
+        Request { prompt, sampling: greedy.clone(), max_tokens: Some(12), ..Request::default() }
     };
     let samples = samples();
     let mut running = Vec::new();

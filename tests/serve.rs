@@ -20,7 +20,7 @@ use upcycle::{
 use crate::support::engines::{demo, engine, with_text};
 
 /// A server on a free port; shut down when dropped.
-struct Running {
+pub(crate) struct Running {
     address: SocketAddr,
     server: Arc<Server>,
     shutdown: Option<oneshot::Sender<()>>,
@@ -48,7 +48,7 @@ impl Running {
         Self { address: address.recv().unwrap(), server, shutdown: Some(shutdown), thread: Some(thread) }
     }
 
-    fn start(options: Options) -> Self {
+    pub(crate) fn start(options: Options) -> Self {
         let running = Self::loading();
         running.server.ready(Model { name: "math".into(), engine: engine("math", options) });
         running
@@ -64,18 +64,18 @@ impl Running {
         finish(send(self.address, "GET", path, b""))
     }
 
-    fn post(&self, path: &str, body: &Value) -> Answer {
+    pub(crate) fn post(&self, path: &str, body: &Value) -> Answer {
         finish(send(self.address, "POST", path, body.to_string().as_bytes()))
     }
 
-    fn chat(&self, extra: &Value) -> Answer {
+    pub(crate) fn chat(&self, extra: &Value) -> Answer {
         self.post(
             "/v1/chat/completions",
             &merge(json!({"messages": [{"role": "user", "content": "Compute 12 + 30."}], "max_tokens": 12}), extra),
         )
     }
 
-    fn complete(&self, extra: &Value) -> Answer {
+    pub(crate) fn complete(&self, extra: &Value) -> Answer {
         self.post("/v1/completions", &merge(json!({"prompt": "Problem: Compute 12 + 30.\n", "max_tokens": 12}), extra))
     }
 }
@@ -104,8 +104,8 @@ fn send(address: SocketAddr, method: &str, path: &str, body: &[u8]) -> TcpStream
 }
 
 #[derive(Debug)]
-struct Answer {
-    status: u16,
+pub(crate) struct Answer {
+    pub(crate) status: u16,
     headers: String,
     body: String,
 }
@@ -123,13 +123,13 @@ impl Answer {
         serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {}", self.body))
     }
 
-    fn ok(&self) -> Value {
+    pub(crate) fn ok(&self) -> Value {
         assert_eq!(self.status, 200, "{}", self.body);
         self.json()
     }
 
     /// Status, `param` and message of an error object.
-    fn error(&self) -> (u16, Option<String>, String) {
+    pub(crate) fn error(&self) -> (u16, Option<String>, String) {
         let json = self.json();
         let error = &json["error"];
         assert!(error["type"].is_string() && error.get("code").is_some(), "{json}");
@@ -137,7 +137,7 @@ impl Answer {
     }
 
     /// The chunks of a stream that ended as it should.
-    fn chunks(&self) -> Vec<Value> {
+    pub(crate) fn chunks(&self) -> Vec<Value> {
         assert_eq!(self.status, 200, "{}", self.body);
         assert!(self.headers.contains("content-type: text/event-stream"), "{}", self.headers);
         let mut events: Vec<&str> = self.body.split("\n\n").filter(|event| !event.is_empty() && !event.starts_with(':')).collect();
@@ -169,7 +169,7 @@ fn a_chat_gives_the_engines_text_with_counts() {
     let engine = engine("math", Options::default());
     let prompt = engine.text().chat_prompt(&[json!({"role": "user", "content": "Compute 12 + 30."})], &serde_json::Map::new()).unwrap();
     let mut expected = String::new();
-    let request = Request { prompt: prompt.clone(), sampling: engine.text().sampling.clone(), max_tokens: Some(12), stop: Vec::new() };
+    let request = Request { prompt: prompt.clone(), sampling: engine.text().sampling.clone(), max_tokens: Some(12), ..Request::default() };
     engine
         .stream(request, |text| {
             expected += text;

@@ -14,6 +14,7 @@ mod support;
 mod bad_input;
 mod cli;
 mod compose;
+mod constraints;
 mod engine;
 mod eval;
 mod faults;

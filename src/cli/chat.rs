@@ -85,5 +85,5 @@ fn opening(system: Option<String>) -> Vec<Value> {
 fn answer(engine: &Engine, loaded: &Loaded, messages: &[Value], max_tokens: usize) -> anyhow::Result<String> {
     let prompt = engine.text().chat_prompt(messages, &Map::new())?;
     let sampling = engine.text().sampling.clone();
-    run::print(engine, loaded, Request { prompt, sampling, max_tokens: Some(max_tokens), stop: Vec::new() })
+    run::print(engine, loaded, Request { prompt, sampling, max_tokens: Some(max_tokens), ..Request::default() })
 }

@@ -62,7 +62,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         text.chat_prompt(&messages, &Map::new())?
     };
     let sampling = text.sampling.clone();
-    print(&engine, &loaded, Request { prompt, sampling, max_tokens: Some(args.max_tokens), stop: args.stop })?;
+    print(&engine, &loaded, Request { prompt, sampling, max_tokens: Some(args.max_tokens), stop: args.stop, ..Request::default() })?;
     Ok(())
 }
 

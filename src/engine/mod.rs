@@ -4,6 +4,7 @@
 //! both threads and async tasks can wait on; dropping the receiving end cancels the request. Nothing here knows HTTP.
 
 pub mod bench;
+pub mod constraint;
 pub mod device;
 mod lookup;
 mod prefixes;
@@ -15,10 +16,10 @@ pub mod template;
 pub mod tokenizer;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     ops::ControlFlow,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicUsize, Ordering},
         mpsc,
     },
@@ -30,16 +31,18 @@ use serde_json::{Map, Value, json};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use upcycle_architectures::decoder::{LanguageModel, Memory as _};
 
+use self::{
+    constraint::Vocabulary,
+    scheduler::{Job, Limits, Ticket},
+    stops::Stops,
+    tokenizer::TextStream,
+};
 pub use self::{
+    constraint::{Constraint, ConstraintError, Grammar},
     sampling::{Sampling, SamplingError},
     sidecars::SidecarError,
     template::{Chat, ChatTemplate, TemplateError},
     tokenizer::{Specials, Tokenizer, TokenizerError},
-};
-use self::{
-    scheduler::{Job, Limits, Ticket},
-    stops::Stops,
-    tokenizer::TextStream,
 };
 use crate::source::Sidecar;
 
@@ -123,6 +126,10 @@ pub struct Request {
     pub max_tokens: Option<usize>,
     /// strings that end the text and are not part of it
     pub stop: Vec<String>,
+    /// what the text may be; of [`Engine::constraint`]
+    pub constraint: Option<Constraint>,
+    /// special tokens that are part of the text, as they are written; others have none
+    pub marks: Vec<String>,
 }
 
 /// What comes back, in this order: any number of texts, then one of the others.
@@ -182,6 +189,9 @@ pub enum EngineError {
     /// a sampling parameter
     #[error(transparent)]
     Sampling(#[from] SamplingError),
+    /// a grammar for texts of this model
+    #[error(transparent)]
+    Constraint(#[from] ConstraintError),
     /// nothing to go on from
     #[error("the prompt is empty")]
     EmptyPrompt,
@@ -233,6 +243,10 @@ pub struct Engine {
     options: Options,
     context: usize,
     vocab: usize,
+    /// the tokens that end a text
+    ends: BTreeSet<u32>,
+    /// made when the first grammar is compiled
+    vocabulary: OnceLock<Result<Vocabulary, ConstraintError>>,
     inbox: Option<mpsc::Sender<Job>>,
     unfinished: Arc<AtomicUsize>,
     draining: AtomicBool,
@@ -252,9 +266,9 @@ impl Engine {
         let limits = Limits { parallel, chunk: options.chunk, cache, lookup: options.lookup };
         let (inbox, jobs) = mpsc::channel();
         let abort = Arc::new(AtomicBool::new(false));
+        let ends: BTreeSet<u32> = text.tokenizer.eos().iter().copied().chain(text.turn_end()).collect();
         let thread = std::thread::Builder::new().name("engine".into()).spawn({
-            let abort = abort.clone();
-            let ends = text.tokenizer.eos().iter().copied().chain(text.turn_end()).collect();
+            let (abort, ends) = (abort.clone(), ends.clone());
             move || scheduler::run(&model, &ends, limits, &jobs, &abort)
         });
         Ok(Self {
@@ -262,6 +276,8 @@ impl Engine {
             options,
             context,
             vocab,
+            ends,
+            vocabulary: OnceLock::new(),
             inbox: Some(inbox),
             unfinished: Arc::default(),
             draining: AtomicBool::new(false),
@@ -306,6 +322,12 @@ impl Engine {
         self.abort.store(true, Ordering::Relaxed);
     }
 
+    /// Compiles what a text may be. Takes its time the first time, and with a large grammar.
+    pub fn constraint(&self, grammar: &Grammar) -> Result<Constraint, EngineError> {
+        let new = || Vocabulary::new(&self.text.tokenizer, self.vocab, &self.ends.iter().copied().collect::<Vec<_>>());
+        Ok(self.vocabulary.get_or_init(new).as_ref().map_err(Clone::clone)?.constraint(grammar)?)
+    }
+
     /// Hands in a request. Dropping the receiver cancels it.
     pub fn submit(&self, request: Request) -> Result<UnboundedReceiver<Event>, EngineError> {
         request.sampling.check()?;
@@ -336,6 +358,8 @@ impl Engine {
             sampler: sampling::Sampler::new(request.sampling, &request.prompt),
             text: TextStream::new(self.text.tokenizer.clone(), &request.prompt)?,
             stops: Stops::new(request.stop),
+            constraint: request.constraint,
+            marks: request.marks.into_iter().filter_map(|mark| Some((self.text.tokenizer.special(&mark)?, mark))).collect(),
             prompt: request.prompt,
             events,
             ticket,
@@ -365,7 +389,7 @@ impl Engine {
     pub fn generate(&self, prompt: &str, max_tokens: usize) -> Result<String, EngineError> {
         let (prompt, sampling) = (self.text.prompt(prompt)?, self.text.sampling.clone());
         let mut text = String::new();
-        self.stream(Request { prompt, sampling, max_tokens: Some(max_tokens), stop: Vec::new() }, |piece| {
+        self.stream(Request { prompt, sampling, max_tokens: Some(max_tokens), ..Request::default() }, |piece| {
             text.push_str(piece);
             ControlFlow::Continue(())
         })?;

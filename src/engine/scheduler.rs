@@ -10,7 +10,7 @@
 //! A sequence sees nothing of all this: its tokens depend on its own prompt, parameters and seed alone.
 
 use std::{
-    collections::{BTreeSet, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     ops::ControlFlow,
     sync::{
         Arc,
@@ -24,7 +24,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use upcycle_architectures::decoder::{DecoderError, LanguageModel, Logits, Memory, NoProbe, Step};
 
 use super::{
-    Event, Finish, FinishReason,
+    Constraint, ConstraintError, Event, Finish, FinishReason,
     lookup::{Trust, guess},
     prefixes::{LEAST, Prefixes, common},
     sampling::Sampler,
@@ -81,9 +81,33 @@ pub(super) struct Job {
     pub(super) sampler: Sampler,
     pub(super) text: TextStream,
     pub(super) stops: Stops,
+    pub(super) constraint: Option<Constraint>,
+    /// special tokens that are part of the text
+    pub(super) marks: BTreeMap<u32, String>,
     pub(super) events: UnboundedSender<Event>,
     #[expect(dead_code, reason = "counts the request by being held")]
     pub(super) ticket: Ticket,
+}
+
+impl Job {
+    /// The next token, from logits [V] (which become scratch), and whether the text is complete with it.
+    fn choose(&mut self, logits: &mut [f32]) -> Result<(u32, bool), ConstraintError> {
+        let Some(constraint) = &mut self.constraint else { return Ok((self.sampler.sample(logits), false)) };
+        constraint.mask(logits)?;
+        let token = self.sampler.sample(logits);
+        Ok((token, constraint.take(token)?))
+    }
+}
+
+/// What a token says about the end of a text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// it goes on
+    Open,
+    /// the token is the last of the text
+    Complete,
+    /// the token stands for the end
+    Mark,
 }
 
 /// A request that waits or runs.
@@ -328,10 +352,24 @@ impl<C: Memory> Sequence<C> {
         let mut guesses = share.tokens[share.tokens.len() - share.guessed..].iter();
         let (mut flow, mut right, known) = (ControlFlow::Continue(()), 0, self.tokens.len());
         for mut logits in rows {
-            let token = self.job.sampler.sample(&mut logits);
+            let (token, complete) = match self.job.choose(&mut logits) {
+                Ok(chosen) => chosen,
+                Err(error) => {
+                    fail(&self.job, &error.to_string());
+                    flow = ControlFlow::Break(());
+                    break;
+                }
+            };
             self.tokens.push(token);
             self.first_token.get_or_insert_with(Instant::now);
-            flow = self.tell(token, ends, model);
+            let end = if ends.contains(&token) {
+                End::Mark
+            } else if complete {
+                End::Complete
+            } else {
+                End::Open
+            };
+            flow = self.tell(token, end, model);
             if flow.is_break() || guesses.next() != Some(&token) {
                 break;
             }
@@ -347,8 +385,8 @@ impl<C: Memory> Sequence<C> {
     }
 
     /// Says what a token means; breaks when the text is complete.
-    fn tell(&mut self, token: u32, ends: &BTreeSet<u32>, model: &impl LanguageModel<Cache = C>) -> ControlFlow<()> {
-        match self.show(token, ends) {
+    fn tell(&mut self, token: u32, end: End, model: &impl LanguageModel<Cache = C>) -> ControlFlow<()> {
+        match self.show(token, end) {
             Ok(None) => return ControlFlow::Continue(()),
             Ok(Some(reason)) => self.send(Event::Done(self.finish(reason, model.answering(&self.cache)))),
             Err(error) => fail(&self.job, &error.to_string()),
@@ -357,13 +395,14 @@ impl<C: Memory> Sequence<C> {
     }
 
     /// Sends the text that the token completes; returns why the text ends here, if it does.
-    fn show(&mut self, token: u32, ends: &BTreeSet<u32>) -> Result<Option<FinishReason>, TokenizerError> {
-        let end = match (ends.contains(&token), self.tokens.len() - self.job.prompt.len() >= self.job.max_tokens) {
-            (true, _) => Some(FinishReason::Stop),
-            (false, true) => Some(FinishReason::Length),
-            (false, false) => None,
+    fn show(&mut self, token: u32, end: End) -> Result<Option<FinishReason>, TokenizerError> {
+        let mut piece = if end == End::Mark { String::new() } else { self.job.text.push(token)? };
+        piece.extend(self.job.marks.get(&token).cloned());
+        let end = match (end, self.tokens.len() - self.job.prompt.len() >= self.job.max_tokens) {
+            (End::Mark | End::Complete, _) => Some(FinishReason::Stop),
+            (End::Open, true) => Some(FinishReason::Length),
+            (End::Open, false) => None,
         };
-        let mut piece = if end == Some(FinishReason::Stop) { String::new() } else { self.job.text.push(token)? };
         if end.is_some() {
             piece += &self.job.text.rest()?;
         }

@@ -25,6 +25,7 @@ const NAME: &str = "chat template";
 #[derive(Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
+    source: String,
     tokens: BTreeMap<String, String>,
 }
 
@@ -95,7 +96,12 @@ impl ChatTemplate {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message.clone()).with_source(Raised(message)))
         });
         environment.add_template_owned(NAME, without_generation_tags(source)).map_err(TemplateError::Syntax)?;
-        Ok(Self { environment, tokens })
+        Ok(Self { environment, source: source.to_owned(), tokens })
+    }
+
+    /// Its text.
+    pub fn source(&self) -> &str {
+        &self.source
     }
 
     /// The prompt, special tokens written out.

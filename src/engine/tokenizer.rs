@@ -37,6 +37,15 @@ pub enum Specials {
     Written,
 }
 
+/// What a token adds to a text.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Piece {
+    /// these bytes, which need not be whole characters
+    Bytes(Vec<u8>),
+    /// nothing: it is a mark of the model's own, written like this
+    Special(String),
+}
+
 /// Why text or tokens could not be converted.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {
@@ -126,9 +135,59 @@ impl Tokenizer {
         added.simple_id_to_token(token).is_some_and(|text| added.is_special_token(&text))
     }
 
+    /// What each of the first `vocab` tokens adds to a text, byte for byte; nothing for ids that the tokenizer does not know. `None` if tokens
+    /// have no bytes of their own, as where a decoder puts spaces between them.
+    pub fn pieces(&self, vocab: usize) -> Option<Vec<Option<Piece>>> {
+        let decoder = serde_json::to_value(self.inner.get_decoder()?).ok()?;
+        let (byte_level, marks_spaces) =
+            (decodes(&decoder, "ByteLevel"), decodes(&decoder, "Metaspace") || decodes(&decoder, "ByteFallback"));
+        if !byte_level && !marks_spaces {
+            return None;
+        }
+        let added = self.inner.get_added_tokens_decoder();
+        let piece = |id: u32| {
+            if let Some(token) = added.get(&id) {
+                let text = token.content.clone();
+                return Some(if token.special { Piece::Special(text) } else { Piece::Bytes(text.into_bytes()) });
+            }
+            let token = self.inner.id_to_token(id)?;
+            let bytes = if byte_level { token.chars().map(byte_of).collect::<Option<_>>()? } else { fallback(&token) };
+            Some(Piece::Bytes(bytes))
+        };
+        Some((0..vocab as u32).map(piece).collect())
+    }
+
+    /// The special token that is written like this.
+    pub fn special(&self, text: &str) -> Option<u32> {
+        self.inner.token_to_id(text).filter(|&id| self.is_special(id))
+    }
+
     /// The tokens' text without special tokens. Tokens that the tokenizer does not know (a padded vocabulary) have none.
     pub fn decode(&self, tokens: &[u32]) -> Result<String, TokenizerError> {
         self.inner.decode(tokens, true).map_err(TokenizerError::Tokenizer)
+    }
+}
+
+/// Whether a decoder, or one of those that it consists of, is of this type.
+fn decodes(decoder: &Value, kind: &str) -> bool {
+    decoder["type"] == kind || decoder["decoders"].as_array().is_some_and(|all| all.iter().any(|decoder| decodes(decoder, kind)))
+}
+
+/// The byte that a character of a byte-level vocabulary stands for: itself where it is printable, else the next one from 256 on.
+fn byte_of(c: char) -> Option<u8> {
+    let printable = |byte: &u8| matches!(byte, 33..=126 | 161..=172 | 174..=255);
+    match u32::from(c) {
+        code @ 0..256 => Some(code as u8).filter(printable),
+        code => (0..=255).filter(|byte| !printable(byte)).nth(code as usize - 256),
+    }
+}
+
+/// The bytes of a token in a vocabulary that marks spaces as `▁` and has single bytes as `<0x0A>`.
+fn fallback(token: &str) -> Vec<u8> {
+    let byte = token.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>')).filter(|digits| digits.len() == 2);
+    match byte.and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
+        Some(byte) => vec![byte],
+        None => token.replace('▁', " ").into_bytes(),
     }
 }
 
@@ -305,6 +364,25 @@ mod tests {
         let tokenizer = metaspace();
         assert_eq!(stream(&tokenizer, &[0, 1], &[2, 0, 1, 3, 4]).concat(), " world Helloé");
         assert_eq!(stream(&tokenizer, &[0], &[1, 2]).concat(), "Hello world");
+    }
+
+    #[test]
+    fn tokens_have_the_bytes_of_their_text() {
+        let pieces = byte_level(&[]).pieces(300).unwrap();
+        for byte in 0..=255u8 {
+            assert_eq!(pieces[usize::from(byte)], Some(Piece::Bytes(vec![byte])));
+        }
+        assert_eq!(pieces[256], Some(Piece::Special("<s>".into())));
+        assert_eq!(pieces[299], None);
+        let pieces = metaspace().pieces(5).unwrap();
+        assert_eq!(
+            pieces[1..4],
+            [" Hello", " world"]
+                .map(|text| Some(Piece::Bytes(text.into())))
+                .into_iter()
+                .chain([Some(Piece::Bytes(vec![0xc3]))])
+                .collect::<Vec<_>>()[..]
+        );
     }
 
     #[test]

@@ -25,8 +25,10 @@ use tokio_stream::{
 
 use super::{
     Server,
+    calls::{Calls, Part},
     error::ApiError,
-    openai::{Body, Envelope, Kind, Prompt, Usage},
+    openai::{Body, Choice, Envelope, Kind, Prompt, Usage},
+    tools,
 };
 use crate::engine::{Event, FinishReason, Request};
 
@@ -52,11 +54,26 @@ async fn answer(server: Arc<Server>, body: Result<Bytes, BytesRejection>, kind: 
 /// A request that the engine has taken: a channel for each choice.
 struct Taken {
     envelope: Envelope,
-    choices: Vec<UnboundedReceiver<Event>>,
+    choices: Vec<Running>,
     /// choices of one prompt
     n: usize,
     streams: bool,
     wants_usage: bool,
+}
+
+/// A choice that is being generated.
+struct Running {
+    events: UnboundedReceiver<Event>,
+    /// reads calls out of its text, where there are tools
+    calls: Option<Calls>,
+}
+
+/// What a piece of text says.
+fn parts(calls: &mut Option<Calls>, text: String) -> Vec<Part> {
+    match calls {
+        Some(calls) => calls.push(&text),
+        None => vec![Part::Text(text)],
+    }
 }
 
 fn take(server: &Server, bytes: &[u8], kind: Kind) -> Result<Taken, ApiError> {
@@ -71,8 +88,14 @@ fn take(server: &Server, bytes: &[u8], kind: Kind) -> Result<Taken, ApiError> {
     }
     body.refuse_unsupported()?;
     let text = model.engine.text();
+    let template = text.template.as_ref();
+    let tools = if kind == Kind::Chat { body.tools()? } else { None };
     let prompts = match kind {
-        Kind::Chat => vec![text.chat_prompt(&body.messages()?, &body.template_variables())?],
+        Kind::Chat => {
+            let (mut messages, mut variables) = (body.messages()?, body.template_variables());
+            tools::explain(tools.as_ref(), &mut messages, &mut variables, template);
+            vec![text.chat_prompt(&messages, &variables)?]
+        }
         Kind::Text => body
             .prompts()?
             .into_iter()
@@ -84,13 +107,30 @@ fn take(server: &Server, bytes: &[u8], kind: Kind) -> Result<Taken, ApiError> {
     };
     let (n, stop, max_tokens) = (body.n()?, body.stop()?, body.max_tokens(kind));
     let sampling = body.sampling(&text.sampling)?;
+    let (call, format) = (tools.as_ref().and_then(|tools| tools.grammar(text)), body.grammar()?);
+    let param = if call.is_some() { "tools" } else { "response_format" };
+    if call.is_some() && format.is_some() {
+        return Err(ApiError::invalid("response_format", "an answer cannot be both a call of a tool and of a `response_format`"));
+    }
+    let constraint = call.or(format).map(|grammar| model.engine.constraint(&grammar)).transpose();
+    let constraint = constraint.map_err(|error| ApiError { param: Some(param.into()), ..error.into() })?;
+    let calls = || tools.as_ref().map(|tools| tools.calls(template));
+    let marks: Vec<String> = calls().iter().map(|calls| calls.opening().to_owned()).collect();
     let mut choices = Vec::with_capacity(prompts.len() * n);
     for prompt in prompts {
         for choice in 0..n as u64 {
             // The choices of one prompt differ, and each is the same the next time.
             let seed = sampling.seed.map(|seed| seed.wrapping_add(choice));
             let sampling = crate::engine::Sampling { seed, ..sampling.clone() };
-            choices.push(model.engine.submit(Request { prompt: prompt.clone(), sampling, max_tokens, stop: stop.clone() })?);
+            let request = Request {
+                prompt: prompt.clone(),
+                sampling,
+                max_tokens,
+                stop: stop.clone(),
+                constraint: constraint.clone(),
+                marks: marks.clone(),
+            };
+            choices.push(Running { events: model.engine.submit(request)?, calls: calls() });
         }
     }
     let prefix = if kind == Kind::Chat { "chatcmpl" } else { "cmpl" };
@@ -105,19 +145,20 @@ fn take(server: &Server, bytes: &[u8], kind: Kind) -> Result<Taken, ApiError> {
 
 async fn whole(taken: Taken) -> Result<Response, ApiError> {
     let mut usage = Usage::default();
-    let mut choices: Vec<(String, FinishReason)> = Vec::with_capacity(taken.choices.len());
-    for (index, mut events) in taken.choices.into_iter().enumerate() {
-        let mut text = String::new();
+    let mut choices: Vec<(Choice, FinishReason)> = Vec::with_capacity(taken.choices.len());
+    for (index, Running { mut events, mut calls }) in taken.choices.into_iter().enumerate() {
+        let mut choice = Choice::default();
         let finish = loop {
             match events.recv().await {
-                Some(Event::Text(piece)) => text.push_str(&piece),
+                Some(Event::Text(text)) => parts(&mut calls, text).into_iter().for_each(|part| choice.push(part)),
                 Some(Event::Done(finish)) => break finish,
                 Some(Event::Failed(reason)) => return Err(failed(reason)),
                 None => return Err(failed("the engine stopped".into())),
             }
         };
+        calls.iter_mut().flat_map(Calls::finish).for_each(|part| choice.push(part));
         usage.add(index, taken.n, &finish);
-        choices.push((text, finish.reason));
+        choices.push((choice, finish.reason));
     }
     Ok(Json(taken.envelope.answer(&choices, usage)).into_response())
 }
@@ -145,18 +186,26 @@ async fn send_chunks(taken: Taken, chunks: &Sender<String>) -> Result<(), mpsc::
     }
     let mut usage = Usage::default();
     let mut left = choices.len();
-    let mut events: StreamMap<_, _> = choices.into_iter().map(UnboundedReceiverStream::new).enumerate().collect();
+    let (events, mut calls): (Vec<_>, Vec<_>) = choices.into_iter().map(|running| (running.events, running.calls)).unzip();
+    let mut events: StreamMap<_, _> = events.into_iter().map(UnboundedReceiverStream::new).enumerate().collect();
     while left > 0 {
         let event = tokio::select! {
             () = chunks.closed() => return Ok(()),
             event = events.next() => event,
         };
         match event {
-            Some((index, Event::Text(text))) => send(envelope.text(index, &text)).await?,
+            Some((index, Event::Text(text))) => {
+                for part in parts(&mut calls[index], text) {
+                    send(envelope.part(index, &part)).await?;
+                }
+            }
             Some((index, Event::Done(finish))) => {
                 left -= 1;
                 usage.add(index, n, &finish);
-                send(envelope.closing(index, finish.reason)).await?;
+                for part in calls[index].iter_mut().flat_map(Calls::finish) {
+                    send(envelope.part(index, &part)).await?;
+                }
+                send(envelope.closing(index, finish.reason, calls[index].as_ref().map_or(0, Calls::count))).await?;
             }
             Some((_, Event::Failed(reason))) => return chunks.send(failed(reason).object().to_string()).await,
             None => return chunks.send(failed("the engine stopped".into()).object().to_string()).await,

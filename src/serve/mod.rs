@@ -2,9 +2,11 @@
 //!
 //! Handlers translate; what is generated and when is the engine's business. Who may connect is decided by the address that the caller binds.
 
+mod calls;
 mod completions;
 mod error;
 mod openai;
+mod tools;
 
 use std::{
     any::Any,

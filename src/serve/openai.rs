@@ -7,8 +7,8 @@ use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::error::ApiError;
-use crate::engine::{Finish, FinishReason, Sampling};
+use super::{calls::Part, error::ApiError, tools::Tools};
+use crate::engine::{Finish, FinishReason, Grammar, Sampling};
 
 /// Tokens of a plain completion whose request does not say.
 const DEFAULT_COMPLETION_TOKENS: usize = 16;
@@ -53,7 +53,10 @@ pub(super) struct Body {
     suffix: Option<Value>,
     best_of: Option<usize>,
     tools: Option<Value>,
+    tool_choice: Option<Value>,
+    parallel_tool_calls: Option<bool>,
     functions: Option<Value>,
+    function_call: Option<Value>,
     response_format: Option<Value>,
 }
 
@@ -81,18 +84,10 @@ impl Body {
 
     /// Refuses what would change the answer and cannot be done.
     pub(super) fn refuse_unsupported(&self) -> Result<(), ApiError> {
-        let plain_text = |format: &Value| format["type"] == "text";
         let asked = |value: &Value| !matches!(value, Value::Null | Value::Bool(false)) && *value != json!([]) && *value != json!("");
-        let fields = [
-            ("logprobs", &self.logprobs),
-            ("echo", &self.echo),
-            ("suffix", &self.suffix),
-            ("tools", &self.tools),
-            ("functions", &self.functions),
-            ("response_format", &self.response_format),
-        ];
+        let fields = [("logprobs", &self.logprobs), ("echo", &self.echo), ("suffix", &self.suffix)];
         for (name, value) in fields {
-            if value.as_ref().is_some_and(|value| asked(value) && !(name == "response_format" && plain_text(value))) {
+            if value.as_ref().is_some_and(asked) {
                 return Err(ApiError::invalid(name, format!("`{name}` is not supported")).code("unsupported_parameter"));
             }
         }
@@ -100,6 +95,37 @@ impl Body {
             return Err(ApiError::invalid("best_of", "`best_of` greater than `n` is not supported").code("unsupported_parameter"));
         }
         Ok(())
+    }
+
+    /// The tools that may be called.
+    pub(super) fn tools(&self) -> Result<Option<Tools>, ApiError> {
+        let fields = [&self.tools, &self.tool_choice, &self.functions, &self.function_call];
+        Tools::parse(fields.map(Option::as_ref), self.parallel_tool_calls)
+    }
+
+    /// `response_format`: what the answer must be. Regular expressions and Lark are no part of OpenAI's API.
+    pub(super) fn grammar(&self) -> Result<Option<Grammar>, ApiError> {
+        let Some(format) = self.response_format.as_ref().filter(|format| !format.is_null()) else { return Ok(None) };
+        let invalid = |what: &str, expected: &str| {
+            let param = format!("response_format{what}");
+            let message = format!("`{param}` must be {expected}");
+            ApiError::invalid(param, message)
+        };
+        let text = |field: &str| format[field].as_str().map(str::to_owned).ok_or_else(|| invalid(&format!(".{field}"), "a string"));
+        Ok(Some(match format["type"].as_str() {
+            Some("text") => return Ok(None),
+            Some("json_object") => Grammar::json_object(),
+            Some("json_schema") => {
+                let schema = &format["json_schema"]["schema"];
+                if !schema.is_object() {
+                    return Err(invalid(".json_schema.schema", "a JSON schema, an object"));
+                }
+                Grammar::JsonSchema(schema.clone())
+            }
+            Some("regex") => Grammar::Regex(text("regex")?),
+            Some("lark") => Grammar::Lark(text("lark")?),
+            _ => return Err(invalid(".type", "\"text\", \"json_object\", \"json_schema\", \"regex\" or \"lark\"")),
+        }))
     }
 
     pub(super) fn streams(&self) -> bool {
@@ -242,6 +268,45 @@ impl Usage {
     }
 }
 
+/// One answer to a prompt.
+#[derive(Debug, Default)]
+pub(super) struct Choice {
+    text: String,
+    /// in OpenAI's form
+    calls: Vec<Value>,
+}
+
+impl Choice {
+    /// Takes the next part.
+    pub(super) fn push(&mut self, part: Part) {
+        match part {
+            Part::Text(text) => self.text += &text,
+            Part::Call { name, .. } => self.calls.push(call(&name)),
+            Part::Arguments { index, piece } => {
+                if let Some(Value::String(arguments)) = self.calls.get_mut(index).map(|call| &mut call["function"]["arguments"]) {
+                    *arguments += &piece;
+                }
+            }
+        }
+    }
+
+    fn message(&self) -> Value {
+        let mut message = json!({"role": "assistant", "content": self.text, "refusal": null});
+        if !self.calls.is_empty() {
+            message["tool_calls"] = json!(self.calls);
+            if self.text.is_empty() {
+                message["content"] = Value::Null;
+            }
+        }
+        message
+    }
+}
+
+/// A call without arguments yet, under an identity of its own.
+fn call(name: &str) -> Value {
+    json!({"id": format!("call_{:016x}", rand::random::<u64>()), "type": "function", "function": {"name": name, "arguments": ""}})
+}
+
 /// What all parts of one answer share.
 #[derive(Debug, Clone)]
 pub(super) struct Envelope {
@@ -253,13 +318,13 @@ pub(super) struct Envelope {
 
 impl Envelope {
     /// The whole answer.
-    pub(super) fn answer(&self, choices: &[(String, FinishReason)], usage: Usage) -> Value {
-        let choice = |(index, (text, reason)): (usize, &(String, FinishReason))| match self.kind {
-            Kind::Chat => json!({
-                "index": index, "message": {"role": "assistant", "content": text, "refusal": null}, "logprobs": null,
-                "finish_reason": self::reason(*reason),
-            }),
-            Kind::Text => json!({"index": index, "text": text, "logprobs": null, "finish_reason": self::reason(*reason)}),
+    pub(super) fn answer(&self, choices: &[(Choice, FinishReason)], usage: Usage) -> Value {
+        let choice = |(index, (choice, finish)): (usize, &(Choice, FinishReason))| {
+            let reason = reason(*finish, choice.calls.len());
+            match self.kind {
+                Kind::Chat => json!({"index": index, "message": choice.message(), "logprobs": null, "finish_reason": reason}),
+                Kind::Text => json!({"index": index, "text": choice.text, "logprobs": null, "finish_reason": reason}),
+            }
         };
         let object = if self.kind == Kind::Chat { "chat.completion" } else { "text_completion" };
         let mut answer = self.object(object, &choices.iter().enumerate().map(choice).collect::<Vec<_>>());
@@ -273,17 +338,26 @@ impl Envelope {
         (self.kind == Kind::Chat).then(|| self.chunk(&[json!({"index": index, "delta": delta, "logprobs": null, "finish_reason": null})]))
     }
 
-    /// A chunk with text.
-    pub(super) fn text(&self, index: usize, text: &str) -> Value {
-        self.chunk(&[match self.kind {
-            Kind::Chat => json!({"index": index, "delta": {"content": text}, "logprobs": null, "finish_reason": null}),
-            Kind::Text => json!({"index": index, "text": text, "logprobs": null, "finish_reason": null}),
-        }])
+    /// A chunk with a part of a choice.
+    pub(super) fn part(&self, index: usize, part: &Part) -> Value {
+        let delta = match part {
+            Part::Text(text) if self.kind == Kind::Text => {
+                return self.chunk(&[json!({"index": index, "text": text, "logprobs": null, "finish_reason": null})]);
+            }
+            Part::Text(text) => json!({"content": text}),
+            Part::Call { index, name } => {
+                let mut call = call(name);
+                call["index"] = json!(index);
+                json!({"tool_calls": [call]})
+            }
+            Part::Arguments { index, piece } => json!({"tool_calls": [{"index": index, "function": {"arguments": piece}}]}),
+        };
+        self.chunk(&[json!({"index": index, "delta": delta, "logprobs": null, "finish_reason": null})])
     }
 
-    /// The chunk that closes a choice.
-    pub(super) fn closing(&self, index: usize, reason: FinishReason) -> Value {
-        let reason = self::reason(reason);
+    /// The chunk that closes a choice with so many calls.
+    pub(super) fn closing(&self, index: usize, finish: FinishReason, calls: usize) -> Value {
+        let reason = reason(finish, calls);
         self.chunk(&[match self.kind {
             Kind::Chat => json!({"index": index, "delta": {}, "logprobs": null, "finish_reason": reason}),
             Kind::Text => json!({"index": index, "text": "", "logprobs": null, "finish_reason": reason}),
@@ -309,8 +383,9 @@ impl Envelope {
     }
 }
 
-fn reason(reason: FinishReason) -> &'static str {
-    match reason {
+fn reason(finish: FinishReason, calls: usize) -> &'static str {
+    match finish {
+        FinishReason::Stop if calls > 0 => "tool_calls",
         FinishReason::Stop => "stop",
         FinishReason::Length => "length",
     }
@@ -379,14 +454,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_honoured_is_refused_by_name() {
-        for (field, value) in [
-            ("logprobs", json!(0)),
-            ("echo", json!(true)),
-            ("suffix", json!("x")),
-            ("tools", json!([{}])),
-            ("response_format", json!({"type": "json_object"})),
-            ("best_of", json!(2)),
-        ] {
+        for (field, value) in [("logprobs", json!(0)), ("echo", json!(true)), ("suffix", json!("x")), ("best_of", json!(2))] {
             let mut request = json!({"prompt": "a"});
             request[field] = value;
             assert_eq!(body(&request).refuse_unsupported().unwrap_err().param.as_deref(), Some(field));
@@ -394,6 +462,24 @@ mod tests {
         assert!(body(&json!({"n": 0})).n().is_err());
         assert!(body(&json!({"stop": [1]})).stop().is_err());
         assert!(body(&json!({"logit_bias": {"a": 1}})).sampling(&Sampling::default()).is_err());
+    }
+
+    #[test]
+    fn response_formats_become_grammars() {
+        let grammar = |format: Value| body(&json!({"response_format": format})).grammar();
+        assert_eq!(grammar(json!({"type": "text"})).unwrap(), None);
+        assert_eq!(grammar(json!({"type": "json_object"})).unwrap(), Some(Grammar::json_object()));
+        let schema = json!({"type": "json_schema", "json_schema": {"name": "n", "strict": true, "schema": {"type": "integer"}}});
+        assert_eq!(grammar(schema).unwrap(), Some(Grammar::JsonSchema(json!({"type": "integer"}))));
+        assert_eq!(grammar(json!({"type": "regex", "regex": "a+"})).unwrap(), Some(Grammar::Regex("a+".into())));
+        for (wrong, param) in [
+            (json!({"type": "xml"}), "response_format.type"),
+            (json!("json"), "response_format.type"),
+            (json!({"type": "json_schema"}), "response_format.json_schema.schema"),
+            (json!({"type": "lark"}), "response_format.lark"),
+        ] {
+            assert_eq!(grammar(wrong).unwrap_err().param.as_deref(), Some(param));
+        }
     }
 
     #[test]
