@@ -139,7 +139,8 @@ fn wanted_calls_are_made_and_their_arguments_fit() {
         let mut streaming = request;
         streaming["stream"] = true.into();
         let chunks = server.chat(&streaming).chunks();
-        let deltas: Vec<&Value> = chunks.iter().flat_map(|chunk| chunk["choices"][0]["delta"]["tool_calls"].as_array()).flatten().collect();
+        let deltas: Vec<&Value> =
+            chunks.iter().filter_map(|chunk| chunk["choices"][0]["delta"]["tool_calls"].as_array()).flatten().collect();
         assert_eq!((&deltas[0]["index"], &deltas[0]["function"]["name"]), (&json!(0), &call["function"]["name"]));
         assert!(deltas[0]["id"].is_string() && deltas[1..].iter().all(|delta| delta.get("id").is_none()));
         let streamed: String = deltas.iter().filter_map(|delta| delta["function"]["arguments"].as_str()).collect();
