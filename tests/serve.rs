@@ -282,9 +282,11 @@ fn mistakes_are_named() {
         let (status, found, message) = server.complete(&body).error();
         assert_eq!((status, found.as_deref()), (400, Some(param)), "{message}");
     }
-    for (body, param) in
-        [(json!({"messages": []}), "messages"), (json!({"messages": [{"role": 1}]}), "messages[0].role"), (json!({"tools": [{}]}), "tools")]
-    {
+    for (body, param) in [
+        (json!({"messages": []}), "messages"),
+        (json!({"messages": [{"role": 1}]}), "messages[0].role"),
+        (json!({"tools": [{}]}), "tools[0].function"),
+    ] {
         let (status, found, message) = server.chat(&body).error();
         assert_eq!((status, found.as_deref()), (400, Some(param)), "{message}");
     }
