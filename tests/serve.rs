@@ -28,7 +28,7 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    fn loading() -> Self {
+    pub(crate) fn loading() -> Self {
         let server = Arc::new(Server::default());
         let (shutdown, asked) = oneshot::channel::<()>();
         let (tell, address) = std::sync::mpsc::channel();
@@ -58,6 +58,15 @@ impl Running {
         let running = Self::loading();
         running.server.ready(Model { name: "math".into(), engine: with_text("math", Options::default(), change) });
         running
+    }
+
+    pub(crate) fn url(&self) -> String {
+        format!("http://{}/", self.address)
+    }
+
+    /// Hands over a bundled model.
+    pub(crate) fn load(&self, name: &str) {
+        self.server.ready(Model { name: name.into(), engine: engine(name, Options::default()) });
     }
 
     fn get(&self, path: &str) -> Answer {

@@ -22,6 +22,7 @@ mod fuzz;
 mod gates;
 mod identities;
 mod inspect;
+mod page;
 mod recipe;
 mod recompose;
 mod sequence;

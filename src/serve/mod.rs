@@ -6,6 +6,7 @@ mod calls;
 mod completions;
 mod error;
 mod openai;
+mod page;
 mod tools;
 
 use std::{
@@ -103,6 +104,7 @@ pub async fn serve(listener: TcpListener, server: Arc<Server>, shutdown: impl Fu
 
 fn router(server: Arc<Server>) -> Router {
     Router::new()
+        .route("/", get(page::page))
         .route("/health", get(health))
         .route("/v1/models", get(models))
         .route("/v1/models/{*name}", get(model))
