@@ -8,11 +8,12 @@ use std::{
 use assert_cmd::Command;
 use serde_json::{Map, json};
 use tokio::sync::mpsc::UnboundedReceiver;
-use upcycle::engine::{Engine, EngineError, Event, Finish, FinishReason, Options, Request, Sampling, Specials, Text};
-
+use upcycle::engine::{
+    Engine, EngineError, Event, Finish, FinishReason, Options, Request, Sampling, Specials, Steering, Tell, Text, Token,
+};
 use upcycle_architectures::decoder::KvType;
 
-use crate::support::engines::{composite, demo, engine, kept_as, try_engine, with_text};
+use crate::support::engines::{COMPOSED, composite, demo, engine, ensemble, kept_as, try_engine, with_text};
 
 /// Ends every text of the bundled models.
 const EOS: u32 = 0;
@@ -27,10 +28,16 @@ fn endless(engine: &Engine) -> Request {
     Request { prompt: engine.text().prompt("It was a dark night").unwrap(), sampling, ..Request::default() }
 }
 
-fn collect(mut events: UnboundedReceiver<Event>) -> (Vec<String>, Result<Finish, String>) {
+fn collect(events: UnboundedReceiver<Event>) -> (Vec<String>, Result<Finish, String>) {
+    collect_told(events, &mut Vec::new())
+}
+
+/// The same, with what is told of the tokens.
+fn collect_told(mut events: UnboundedReceiver<Event>, told: &mut Vec<Token>) -> (Vec<String>, Result<Finish, String>) {
     let mut pieces = Vec::new();
     while let Some(event) = events.blocking_recv() {
         match event {
+            Event::Tokens(tokens) => told.extend(tokens),
             Event::Text(text) => pieces.push(text),
             Event::Done(finish) => return (pieces, Ok(finish)),
             Event::Failed(reason) => return (pieces, Err(reason)),
@@ -55,19 +62,38 @@ fn wait_until_idle(engine: &Engine) {
 #[test]
 fn a_text_is_the_same_alone_in_a_crowd_and_in_chunks() {
     for kv_type in [KvType::F32, KvType::F16, KvType::Q8_0] {
-        same_in_a_crowd(|options| kept_as(kv_type, "base", options));
+        same_in_a_crowd(1, |options| kept_as(kv_type, "base", options), |_| None);
     }
 }
 
 #[test]
 fn so_is_a_composites() {
-    same_in_a_crowd(composite);
+    same_in_a_crowd(1, composite, |_| None);
+}
+
+#[test]
+fn so_are_those_that_are_steered_differently() {
+    same_in_a_crowd(1, composite, steered);
+    same_in_a_crowd(COMPOSED.len(), |options| ensemble(&COMPOSED, options), steered);
+}
+
+/// Neighbours are steered in ways of their own.
+fn steered(i: usize) -> Option<Steering> {
+    let out = f32::NEG_INFINITY;
+    [
+        None,
+        Some(Steering { bias: vec![0.0, out], top_k: None }),
+        Some(Steering { bias: vec![out, out, 0.0, out], top_k: None }),
+        Some(Steering { bias: vec![1.0, 0.0, -0.5], top_k: Some(3) }),
+    ][i % 4]
+        .clone()
 }
 
 /// Bytes of a block of the bundled models in f32: L 4, keys and values of 4 heads of 32, 64 positions.
 const BLOCK: usize = 4 * 2 * 4 * 32 * 64 * 4;
 
-fn same_in_a_crowd(engine: impl Fn(Options) -> Engine) {
+/// `models` read a sequence.
+fn same_in_a_crowd(models: usize, engine: impl Fn(Options) -> Engine, steering: impl Fn(usize) -> Option<Steering>) {
     let prompts = [
         "Problem: Compute 12 + 30.\n",
         "And God said unto Moses, ",
@@ -82,21 +108,28 @@ fn same_in_a_crowd(engine: impl Fn(Options) -> Engine) {
         let request = |(i, prompt): (usize, &&str)| {
             let drawn = Sampling { temperature: 0.8, top_p: 0.95, seed: Some(i as u64), ..Sampling::default() };
             let sampling = if i % 2 == 0 { greedy() } else { drawn };
-            Request { prompt: engine.text().prompt(prompt).unwrap(), sampling, max_tokens: Some(40), ..Request::default() }
+            let tell = Tell { logprobs: Some(2), experts: engine.experts().is_some() };
+            let prompt = engine.text().prompt(prompt).unwrap();
+            Request { prompt, sampling, max_tokens: Some(40), steering: steering(i), tell, ..Request::default() }
         };
         prompts.iter().enumerate().map(request).collect()
     };
-    let said = |text: String, finish: &Finish| (text, finish.completion_tokens, finish.reason);
+    let said = |events| {
+        let mut told = Vec::new();
+        let (pieces, finish) = collect_told(events, &mut told);
+        let finish = finish.unwrap();
+        ((pieces.concat(), finish.completion_tokens, finish.reason, told), finish)
+    };
     // Nothing is left of one request when the next comes.
     let expected: Vec<_> = (0..prompts.len())
         .map(|i| {
             let alone = engine(Options { parallel: 1, lookup: 0, ..Options::default() });
-            let (text, finish) = generate(&alone, requests(&alone).swap_remove(i));
+            let (said, finish) = said(alone.submit(requests(&alone).swap_remove(i)).unwrap());
             assert_eq!(finish.cached_tokens, 0);
-            said(text, &finish)
+            said
         })
         .collect();
-    assert!(expected.iter().all(|(text, ..)| !text.is_empty()));
+    assert!(expected.iter().all(|(text, .., told)| !text.is_empty() && !told.is_empty()));
     let options = |parallel, chunk| Options { parallel, chunk, lookup: 0, ..Options::default() };
     for options in [
         options(6, 256),
@@ -105,22 +138,22 @@ fn same_in_a_crowd(engine: impl Fn(Options) -> Engine) {
         Options { lookup: 5, ..options(4, 7) },
         Options { lookup: 20, ..options(1, 512) },
         // Not enough for all: some are put off, some start anew.
-        Options { cache: Some(4 * BLOCK), lookup: 3, ..options(8, 16) },
-        Options { cache: Some(2 * BLOCK), ..options(8, 64) },
+        Options { cache: Some(4 * models * BLOCK), lookup: 3, ..options(8, 16) },
+        Options { cache: Some(2 * models * BLOCK), ..options(8, 64) },
     ] {
         let crowd = engine(options);
         for round in 0..2 {
             let running: Vec<_> = requests(&crowd).into_iter().map(|request| crowd.submit(request).unwrap()).collect();
             let mut cached = 0;
             for (i, (events, expected)) in running.into_iter().zip(&expected).enumerate() {
-                let (pieces, finish) = collect(events);
-                let finish = finish.unwrap();
-                assert_eq!(said(pieces.concat(), &finish), *expected, "prompt {i}, round {round}, {options:?}");
+                let (said, finish) = said(events);
+                assert!(said == *expected, "prompt {i}, round {round}, {options:?}: {said:?} instead of {expected:?}");
                 assert!(finish.cached_tokens < finish.prompt_tokens);
                 cached += finish.cached_tokens;
             }
-            // Three of the prompts begin alike; in the second round all are known.
-            let least = if options.cache.is_some() { 0 } else { [40, 100][round] };
+            // Three of the prompts begin alike; in the second round all are known, but for an ensemble's that is not decided.
+            let steers = (0..prompts.len()).any(|i| steering(i).is_some());
+            let least = if options.cache.is_some() || steers { 0 } else { [40, 100][round] };
             assert!(cached >= least, "{cached} tokens were known in round {round}, {options:?}");
         }
     }

@@ -70,6 +70,7 @@ fn collect(events: &mut tokio::sync::mpsc::UnboundedReceiver<Event>) -> (String,
     let mut text = String::new();
     loop {
         match events.blocking_recv().unwrap() {
+            Event::Tokens(_) => {}
             Event::Text(piece) => text += &piece,
             Event::Done(finish) => return (text, finish),
             Event::Failed(reason) => panic!("{reason}"),

@@ -1,6 +1,8 @@
 //! The server on a real socket: OpenAI's API whole and as a stream, its errors, and its life from loading to shutdown.
 #![cfg(feature = "serve")]
 
+mod experts;
+
 use std::{
     io::{BufRead as _, BufReader, Read as _, Write as _},
     net::{SocketAddr, TcpStream},
@@ -13,7 +15,7 @@ use std::{
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, sync::oneshot};
 use upcycle::{
-    engine::{Options, Request, Sampling, Text},
+    engine::{Engine, Options, Request, Sampling, Text},
     serve::{self, Model, Server},
 };
 
@@ -49,15 +51,17 @@ impl Running {
     }
 
     pub(crate) fn start(options: Options) -> Self {
+        Self::over(engine("math", options))
+    }
+
+    fn over(engine: Engine) -> Self {
         let running = Self::loading();
-        running.server.ready(Model { name: "math".into(), engine: engine("math", options) });
+        running.server.ready(Model { name: "math".into(), engine });
         running
     }
 
     fn with_text(change: impl FnOnce(Text) -> Text) -> Self {
-        let running = Self::loading();
-        running.server.ready(Model { name: "math".into(), engine: with_text("math", Options::default(), change) });
-        running
+        Self::over(with_text("math", Options::default(), change))
     }
 
     pub(crate) fn url(&self) -> String {

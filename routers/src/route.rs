@@ -25,29 +25,63 @@ pub struct Routing {
     pub weights: Vec<f32>,
 }
 
+/// How a sequence's experts are chosen otherwise than its routers alone would.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Steering {
+    /// added to the logits of the first experts; minus infinity rules one out
+    pub bias: Vec<f32>,
+    /// instead of the rule's K
+    pub top_k: Option<usize>,
+}
+
+impl Steering {
+    /// What is added to an expert's logit.
+    pub fn bias(&self, expert: usize) -> f32 {
+        self.bias.get(expert).copied().unwrap_or(0.0)
+    }
+
+    /// Those of so many experts that may be chosen; all where none may be.
+    pub fn allowed(&self, experts: usize) -> impl Iterator<Item = usize> {
+        let may = |e| self.bias(e) > f32::NEG_INFINITY;
+        let any = (0..experts).any(may);
+        (0..experts).filter(move |&e| !any || may(e))
+    }
+}
+
 /// Softmax over the E logits of each token (f32), the K largest, normalised as the rule says.
 ///
 /// `logits` is row-major [N, E]; more than E experts are never chosen. A logit that is not a number is the lowest, so that weights are
 /// always finite.
 pub fn route(logits: &[f32], experts: usize, rule: Rule) -> Routing {
-    let k = rule.top_k.min(experts);
-    if k == 0 {
-        return Routing { top_k: 0, experts: Vec::new(), weights: Vec::new() };
-    }
-    let tokens = logits.len() / experts;
+    let as_it_is = Steering::default();
+    steered(logits, experts, rule, |_| &as_it_is)
+}
+
+/// As [`route`], each token under the steering of its row, as if there were no experts but those that it allows.
+///
+/// All tokens have as many choices as the one that has most: who has fewer has its first expert again, with weight 0, which is no choice.
+pub fn steered<'a>(logits: &[f32], experts: usize, rule: Rule, steering: impl Fn(usize) -> &'a Steering) -> Routing {
+    let tokens = logits.len().checked_div(experts).unwrap_or(0);
+    let wanted = |token| steering(token).top_k.unwrap_or(rule.top_k).min(experts);
+    let k = (0..tokens).map(wanted).max().unwrap_or(0);
     let mut routing = Routing { top_k: k, experts: Vec::with_capacity(tokens * k), weights: Vec::with_capacity(tokens * k) };
+    if k == 0 {
+        return routing;
+    }
     let (mut row, mut order) = (Vec::with_capacity(experts), Vec::with_capacity(experts));
-    for logits in logits.chunks_exact(experts) {
+    for (token, logits) in logits.chunks_exact(experts).enumerate() {
+        let steering = steering(token);
         row.clear();
-        row.extend(logits.iter().map(|&v| finite(v)));
+        row.extend(logits.iter().enumerate().map(|(e, &v)| finite(finite(v) + steering.bias(e))));
         order.clear();
-        order.extend(0..experts as u32);
+        order.extend(steering.allowed(experts).map(|e| e as u32));
         let by_falling_logit = |a: &u32, b: &u32| {
             let values = row[*b as usize].partial_cmp(&row[*a as usize]);
             values.unwrap_or(Ordering::Equal).then(a.cmp(b))
         };
-        order.select_nth_unstable_by(k - 1, by_falling_logit);
-        let chosen = &mut order[..k];
+        let own = wanted(token).clamp(1, order.len());
+        order.select_nth_unstable_by(own - 1, by_falling_logit);
+        let chosen = &mut order[..own];
         chosen.sort_unstable_by(by_falling_logit);
         let max = row[chosen[0] as usize];
         let total: f32 = if rule.normalise {
@@ -56,7 +90,9 @@ pub fn route(logits: &[f32], experts: usize, rule: Rule) -> Routing {
             row.iter().map(|v| (v - max).exp()).sum()
         };
         routing.weights.extend(chosen.iter().map(|&e| (row[e as usize] - max).exp() / total));
+        routing.weights.resize(routing.weights.len() + k - own, 0.0);
         routing.experts.extend_from_slice(chosen);
+        routing.experts.resize(routing.experts.len() + k - own, chosen[0]);
     }
     routing
 }
@@ -105,6 +141,20 @@ mod tests {
         assert_eq!((routing.top_k, routing.experts), (2, vec![1, 0, 1, 0]));
         assert!(route(&[], 4, NORMALISED).experts.is_empty());
         assert!(route(&[], 0, NORMALISED).experts.is_empty());
+        assert!(route(&[1.0, 2.0], 2, Rule { top_k: 0, normalise: true }).experts.is_empty());
+    }
+
+    #[test]
+    fn who_is_forced_has_all_the_weight() {
+        let forced = Steering { bias: vec![f32::NEG_INFINITY, 0.0, f32::NEG_INFINITY], top_k: None };
+        for rule in [NORMALISED, Rule { normalise: false, ..NORMALISED }] {
+            let routing = steered(&[3.0, -3.0, 9.0, f32::NAN, f32::NAN, f32::NAN], 3, rule, |_| &forced);
+            assert_eq!((routing.top_k, &routing.experts[..2]), (2, [1, 1].as_slice()));
+            assert_eq!(routing.weights[..2], [1.0, 0.0]);
+            assert_eq!(routing.experts[2..], [1, 1]);
+        }
+        let nobody = Steering { bias: vec![f32::NEG_INFINITY; 3], top_k: Some(1) };
+        assert_eq!(steered(&[3.0, -3.0, 9.0], 3, NORMALISED, |_| &nobody).weights, [1.0]);
     }
 
     fn logits() -> impl Strategy<Value = (usize, Vec<f32>, usize, bool)> {
@@ -124,6 +174,37 @@ mod tests {
                 prop_assert!(total <= 1.0 + 1e-5);
                 prop_assert!((total - 1.0).abs() < 1e-5 || !(normalise || top_k == experts));
                 prop_assert!(chosen.iter().all(|e| chosen.iter().filter(|f| e == *f).count() == 1));
+            }
+        }
+
+        #[test]
+        fn steering_is_as_if_those_ruled_out_were_not_there(
+            (experts, logits, top_k, normalise) in logits(), out in any::<u8>(), bias in prop::collection::vec(-4f32..4.0, 8), other in 1..9usize,
+        ) {
+            let left: Vec<usize> = (0..experts).filter(|e| out >> e & 1 == 0).collect();
+            prop_assume!(!left.is_empty());
+            let ruled = |e: usize| if left.contains(&e) { bias[e] } else { f32::NEG_INFINITY };
+            let steering = Steering { bias: (0..experts).map(ruled).collect(), top_k: Some(other) };
+            // Neighbours have a K of their own.
+            let plain = Steering::default();
+            let rule = Rule { top_k, normalise };
+            let mixed = steered(&logits, experts, rule, |row| if row % 2 == 0 { &steering } else { &plain });
+            prop_assert!(mixed.top_k >= other.min(experts));
+            for (row, values) in logits.chunks(experts).enumerate() {
+                let expected = if row % 2 == 0 {
+                    let values: Vec<f32> = left.iter().map(|&e| values[e] + bias[e]).collect();
+                    let mut among = route(&values, left.len(), Rule { top_k: other, normalise });
+                    among.experts.iter_mut().for_each(|e| *e = left[*e as usize] as u32);
+                    among
+                } else {
+                    route(values, experts, rule)
+                };
+                let own = row * mixed.top_k..(row + 1) * mixed.top_k;
+                let (chosen, padding) = mixed.experts[own.clone()].split_at(expected.top_k);
+                prop_assert_eq!(chosen, &expected.experts);
+                let (weights, none) = mixed.weights[own].split_at(expected.top_k);
+                prop_assert!(weights.iter().zip(&expected.weights).all(|(a, b)| (a - b).abs() < 1e-6));
+                prop_assert!(padding.iter().all(|e| *e == chosen[0]) && none.iter().all(|w| w.to_bits() == 0));
             }
         }
 

@@ -32,12 +32,13 @@ pub(crate) fn open(model: &str, options: &recipe::Options, device: &DeviceArgs) 
         return Ok(Some(Given { composite, experts, recipe: Some(recipe) }));
     }
     let source = source::open(&model.parse()?, &ui::open_options(None))?;
-    let experts = source.config.moe.as_ref().map_or_else(Vec::new, |moe| names(&source, moe.experts));
+    let experts = names(&source);
     Ok(plan::opened(source).map(|composite| Given { composite, experts, recipe: None }))
 }
 
-/// What the experts of a composite on disk are called: as in the recipe beside it, or else by their number.
-fn names(source: &Source, experts: usize) -> Vec<String> {
+/// What the experts of a composite on disk are called: as in the recipe beside it, or else by their number. A dense model has none.
+pub(crate) fn names(source: &Source) -> Vec<String> {
+    let experts = source.config.moe.as_ref().map_or(0, |moe| moe.experts);
     let recipe = fs_err::read_to_string(source.location.join(write::RECIPE)).unwrap_or_default();
     let names = calibrate::names(&recipes::experts(&recipe).iter().collect::<Vec<_>>());
     if names.len() == experts { names } else { (0..experts).map(|e| e.to_string()).collect() }

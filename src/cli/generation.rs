@@ -54,6 +54,7 @@ impl GenerationArgs {
     /// Starts the engine over a loaded model. `options` are completed with ours.
     pub(crate) fn engine(&self, loaded: &Loaded, device: &DeviceArgs, options: Options) -> anyhow::Result<Engine> {
         let mut text = Text::open(&loaded.sidecars, &loaded.config)?;
+        text.experts.clone_from(&loaded.names);
         text.sampling = self.sampling(&text.sampling);
         text.sampling.check()?;
         if let Some(file) = &self.chat_template {

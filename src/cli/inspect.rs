@@ -139,13 +139,13 @@ fn open(args: &Args) -> anyhow::Result<(Loaded, Option<Compared>)> {
         let compared = args.logits.is_none() && sources.experts(&recipe).iter().all(alike);
         let similarity = if compared { Some(compare(&recipe, &sources)?) } else { None };
         let loaded = model::sequence(path, &recipe, &sources, plan);
-        let names = loaded.experts.iter().map(|expert| expert.name.clone()).collect();
+        let names = loaded.names.clone();
         return Ok((loaded, Some(Compared { names, similarity })));
     }
     let composite = recipe::composite(&mut recipe, &args.options, &args.device)?;
     let names = calibrate::names(&recipe.experts.iter().collect::<Vec<_>>());
     let similarity = if args.logits.is_none() { Some(compare(&recipe, &composite.sources)?) } else { None };
-    Ok((model::composed(path, composite), Some(Compared { names, similarity })))
+    Ok((model::composed(path, &recipe, composite), Some(Compared { names, similarity })))
 }
 
 fn compare(recipe: &Recipe, sources: &Sources) -> anyhow::Result<Similarity> {

@@ -19,7 +19,7 @@ use upcycle_architectures::{
 };
 use upcycle_routers::init::Runtime;
 
-use super::{recipe, ui};
+use super::{composite, recipe, ui};
 
 /// Where and how to compute.
 #[derive(Debug, Clone, clap::Args)]
@@ -143,13 +143,14 @@ pub(crate) struct Loaded {
     pub(crate) config: Config,
     pub(crate) weights: Arc<dyn Weights>,
     pub(crate) sidecars: BTreeMap<String, Sidecar>,
+    /// what its experts are called
+    pub(crate) names: Vec<String>,
     /// whole models, of which each sequence is answered by one; none where the weights are one model's
     pub(crate) experts: Vec<Whole>,
 }
 
 /// An expert that answers whole sequences.
 pub(crate) struct Whole {
-    pub(crate) name: String,
     pub(crate) family: &'static Family,
     pub(crate) config: Config,
     pub(crate) weights: Arc<dyn Weights>,
@@ -158,7 +159,7 @@ pub(crate) struct Whole {
 impl Loaded {
     /// The expert that answered, if one did so as a whole.
     pub(crate) fn expert(&self, index: Option<usize>) -> Option<&str> {
-        self.experts.get(index?).map(|expert| expert.name.as_str())
+        self.names.get(index?).map(String::as_str)
     }
 }
 
@@ -177,12 +178,14 @@ pub(crate) fn open(model: &str, options: &recipe::Options, device: &DeviceArgs) 
             let (sources, plan) = recipe::sequence(&recipe, options)?;
             return Ok(sequence(path, &recipe, &sources, plan));
         }
-        return Ok(composed(path, recipe::composite(&mut recipe, options, device)?));
+        let composite = recipe::composite(&mut recipe, options, device)?;
+        return Ok(composed(path, &recipe, composite));
     }
     let source = source::open(&model.parse()?, &ui::open_options(None))?;
     let name = path.file_name().map_or_else(|| model.to_owned(), |name| name.to_string_lossy().into_owned());
     Ok(Loaded {
         name,
+        names: composite::names(&source),
         family: source.family,
         config: source.config,
         weights: source.weights,
@@ -192,19 +195,17 @@ pub(crate) fn open(model: &str, options: &recipe::Options, device: &DeviceArgs) 
 }
 
 /// The composite of the recipe at `path` as a model.
-pub(crate) fn composed(path: &Path, composite: Composite) -> Loaded {
+pub(crate) fn composed(path: &Path, recipe: &Recipe, composite: Composite) -> Loaded {
     let sidecars = composite.sources.base().sidecars.clone();
     let name = title(path);
     let (family, config) = (composite.plan.family(), composite.plan.config.clone());
-    Loaded { name, family, config, weights: Arc::new(composite), sidecars, experts: Vec::new() }
+    Loaded { name, family, config, weights: Arc::new(composite), sidecars, names: expert_names(recipe), experts: Vec::new() }
 }
 
 /// The experts of the recipe at `path` as a model that each sequence chooses from.
 pub(crate) fn sequence(path: &Path, recipe: &Recipe, sources: &Sources, plan: Sequence) -> Loaded {
     let base = sources.base();
-    let names = calibrate::names(&recipe.experts.iter().collect::<Vec<_>>());
-    let experts = sources.experts(recipe).into_iter().zip(names).map(|(source, name)| Whole {
-        name,
+    let experts = sources.experts(recipe).into_iter().map(|source| Whole {
         family: source.family,
         config: source.config.clone(),
         weights: source.weights.clone(),
@@ -215,8 +216,13 @@ pub(crate) fn sequence(path: &Path, recipe: &Recipe, sources: &Sources, plan: Se
         config: plan.config,
         weights: base.weights.clone(),
         sidecars: base.sidecars.clone(),
+        names: expert_names(recipe),
         experts: experts.collect(),
     }
+}
+
+fn expert_names(recipe: &Recipe) -> Vec<String> {
+    calibrate::names(&recipe.experts.iter().collect::<Vec<_>>())
 }
 
 fn title(recipe: &Path) -> String {
@@ -233,9 +239,9 @@ pub(crate) fn load_decoder(loaded: &Loaded, args: &DeviceArgs, precision: Precis
 /// The decoders of an opened model's whole experts.
 pub(crate) fn load_ensemble(loaded: &Loaded, args: &DeviceArgs, precision: Precision) -> anyhow::Result<Ensemble> {
     let device = args.open()?;
-    let decoder = |expert: &Whole| {
+    let decoder = |(expert, name): (&Whole, &String)| {
         let dtype = args.dtype(precision, &device, &expert.config);
-        Decoder::load(expert.family, &expert.config, &*expert.weights, dtype, &device).with_context(|| expert.name.clone())
+        Decoder::load(expert.family, &expert.config, &*expert.weights, dtype, &device).with_context(|| name.clone())
     };
-    Ok(Ensemble::new(loaded.experts.iter().map(decoder).collect::<anyhow::Result<_>>()?)?)
+    Ok(Ensemble::new(loaded.experts.iter().zip(&loaded.names).map(decoder).collect::<anyhow::Result<_>>()?)?)
 }

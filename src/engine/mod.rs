@@ -6,6 +6,7 @@
 pub mod bench;
 pub mod constraint;
 pub mod device;
+pub mod experts;
 mod lookup;
 mod prefixes;
 pub mod sampling;
@@ -14,6 +15,7 @@ mod sidecars;
 mod stops;
 pub mod template;
 pub mod tokenizer;
+mod told;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -33,18 +35,21 @@ use upcycle_architectures::decoder::{LanguageModel, Memory as _};
 
 use self::{
     constraint::Vocabulary,
-    scheduler::{Job, Limits, Ticket},
+    scheduler::{Desk, Job, Limits, Ticket},
     stops::Stops,
     tokenizer::TextStream,
 };
 pub use self::{
     constraint::{Constraint, ConstraintError, Grammar},
+    experts::Experts,
     sampling::{Sampling, SamplingError},
     sidecars::SidecarError,
     template::{Chat, ChatTemplate, TemplateError},
     tokenizer::{Specials, Tokenizer, TokenizerError},
+    told::{Tell, Token},
 };
 use crate::source::Sidecar;
+pub use upcycle_routers::route::Steering;
 
 /// How much an engine does at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,6 +84,8 @@ pub struct Text {
     pub template: Option<ChatTemplate>,
     /// what its makers recommend
     pub sampling: Sampling,
+    /// what its experts are called; their numbers if there are not as many
+    pub experts: Vec<String>,
 }
 
 impl Text {
@@ -87,7 +94,7 @@ impl Text {
         let tokenizer = Tokenizer::open(sidecars, config)?;
         let template = ChatTemplate::open(sidecars, tokenizer.special_tokens().clone())?;
         let generation_config = sidecars::json(sidecars, "generation_config.json")?.unwrap_or_default();
-        Ok(Self { tokenizer: Arc::new(tokenizer), template, sampling: Sampling::recommended(&generation_config) })
+        Ok(Self { tokenizer: Arc::new(tokenizer), template, sampling: Sampling::recommended(&generation_config), experts: Vec::new() })
     }
 
     /// The tokens of a text as it is.
@@ -128,13 +135,20 @@ pub struct Request {
     pub stop: Vec<String>,
     /// what the text may be; of [`Engine::constraint`]
     pub constraint: Option<Constraint>,
+    /// how experts are chosen, if not by the routers alone
+    pub steering: Option<Steering>,
+    /// what is told of each token
+    pub tell: Tell,
     /// special tokens that are part of the text, as they are written; others have none
     pub marks: Vec<String>,
 }
 
-/// What comes back, in this order: any number of texts, then one of the others.
+/// What comes back: any number of texts, then one of the last two.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
+    /// the tokens that end in the text that comes next, or that have none and stand at its end; none unless the request asks for them, and
+    /// none of those that a stop string cuts off
+    Tokens(Vec<Token>),
     /// more text; never half a character, never a part of a stop string
     Text(String),
     /// the text is complete
@@ -195,6 +209,9 @@ pub enum EngineError {
     /// nothing to go on from
     #[error("the prompt is empty")]
     EmptyPrompt,
+    /// wishes about experts where there are none
+    #[error("the model is dense: it has no experts to choose from")]
+    Dense,
     /// no room for a token
     #[error("the prompt has {prompt} tokens, but the context holds {context}, at least one of them for the answer")]
     Context {
@@ -243,6 +260,7 @@ pub struct Engine {
     options: Options,
     context: usize,
     vocab: usize,
+    experts: Option<Arc<Experts>>,
     /// the tokens that end a text
     ends: BTreeSet<u32>,
     /// made when the first grammar is compiled
@@ -264,21 +282,21 @@ impl Engine {
         let parallel = options.parallel.max(1);
         let (context, cache) = fit(&model, options.context.unwrap_or(usize::MAX), options.cache, parallel)?;
         let limits = Limits { parallel, chunk: options.chunk, cache, lookup: options.lookup };
-        let (inbox, jobs) = mpsc::channel();
+        let (sender, inbox) = mpsc::channel();
         let abort = Arc::new(AtomicBool::new(false));
         let ends: BTreeSet<u32> = text.tokenizer.eos().iter().copied().chain(text.turn_end()).collect();
-        let thread = std::thread::Builder::new().name("engine".into()).spawn({
-            let (abort, ends) = (abort.clone(), ends.clone());
-            move || scheduler::run(&model, &ends, limits, &jobs, &abort)
-        });
+        let experts = model.choice().map(|choice| Arc::new(Experts::new(choice, text.experts.clone())));
+        let desk = Desk { limits, ends: ends.clone(), experts: experts.clone(), inbox, abort: abort.clone() };
+        let thread = std::thread::Builder::new().name("engine".into()).spawn(move || scheduler::run(&model, &desk));
         Ok(Self {
             text,
             options,
             context,
             vocab,
+            experts,
             ends,
             vocabulary: OnceLock::new(),
-            inbox: Some(inbox),
+            inbox: Some(sender),
             unfinished: Arc::default(),
             draining: AtomicBool::new(false),
             abort,
@@ -294,6 +312,11 @@ impl Engine {
     /// Tokenizer, template and recommended sampling.
     pub fn text(&self) -> &Text {
         &self.text
+    }
+
+    /// Its experts; `None` if the model is dense.
+    pub fn experts(&self) -> Option<&Experts> {
+        self.experts.as_deref()
     }
 
     /// Tokens that a sequence may have.
@@ -343,6 +366,9 @@ impl Engine {
         if let Some(&token) = request.prompt.iter().find(|&&token| token as usize >= self.vocab) {
             return Err(EngineError::Token { token, vocab: self.vocab });
         }
+        if (request.steering.is_some() || request.tell.experts) && self.experts.is_none() {
+            return Err(EngineError::Dense);
+        }
         if !self.accepts() {
             return Err(EngineError::Stopped);
         }
@@ -359,6 +385,8 @@ impl Engine {
             text: TextStream::new(self.text.tokenizer.clone(), &request.prompt)?,
             stops: Stops::new(request.stop),
             constraint: request.constraint,
+            steering: request.steering.filter(|steering| *steering != Steering::default()).map(Arc::new),
+            tell: request.tell,
             marks: request.marks.into_iter().filter_map(|mark| Some((self.text.tokenizer.special(&mark)?, mark))).collect(),
             prompt: request.prompt,
             events,
@@ -378,6 +406,7 @@ impl Engine {
                         return Ok(None);
                     }
                 }
+                Event::Tokens(_) => {}
                 Event::Done(finish) => return Ok(Some(finish)),
                 Event::Failed(reason) => return Err(EngineError::Failed(reason)),
             }

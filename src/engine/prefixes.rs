@@ -1,11 +1,13 @@
 //! What finished sequences leave behind, so that one that begins as they did need not read its beginning again.
 //!
 //! Tokens are compared one by one, never by hash. Caches that begin alike share their memory ([`Memory::fork`]), so that many continuations of one
-//! system prompt hold it once; what has not been used for longest is forgotten first, from its end.
+//! system prompt hold it once; what has not been used for longest is forgotten first, from its end. What was read under one steering is of no
+//! use under another.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, sync::Arc};
 
 use upcycle_architectures::decoder::Memory;
+use upcycle_routers::route::Steering;
 
 /// Fewer tokens than these are read again rather than looked for.
 pub(super) const LEAST: usize = 16;
@@ -27,17 +29,19 @@ impl<C: Memory> Prefixes<C> {
         if tokens.len() < LEAST {
             return;
         }
-        if let Some(longer) = self.0.iter().position(|(other, _)| other.starts_with(&tokens)) {
+        let alike = |other: &C| other.steering() == cache.steering();
+        if let Some(longer) = self.0.iter().position(|(other, held)| alike(held) && other.starts_with(&tokens)) {
             self.touch(longer);
             return;
         }
-        self.0.retain(|(other, _)| !tokens.starts_with(other));
+        self.0.retain(|(other, held)| !(alike(held) && tokens.starts_with(other)));
         self.0.push_back((tokens, cache));
     }
 
-    /// The cache that remembers most of how `tokens` begin, and how many of them.
-    pub(super) fn longest(&mut self, tokens: &[u32]) -> Option<(&C, usize)> {
-        let (shared, index) = self.0.iter().enumerate().map(|(i, (other, _))| (common(tokens, other), i)).max()?;
+    /// The cache that remembers most of how `tokens` begin under this steering, and how many of them.
+    pub(super) fn longest(&mut self, tokens: &[u32], steering: Option<&Arc<Steering>>) -> Option<(&C, usize)> {
+        let alike = self.0.iter().enumerate().filter(|(_, (_, held))| held.steering() == steering);
+        let (shared, index) = alike.map(|(i, (other, _))| (common(tokens, other), i)).max()?;
         if shared == 0 {
             return None;
         }
@@ -71,11 +75,15 @@ pub(super) fn common(a: &[u32], b: &[u32]) -> usize {
 mod tests {
     use super::*;
 
-    /// Remembers how many tokens it holds.
-    #[derive(Debug, PartialEq)]
-    struct Count(usize);
+    /// Remembers how many tokens it holds, and under which steering.
+    #[derive(Debug, Clone, PartialEq)]
+    struct Count(usize, Option<Arc<Steering>>);
 
     impl Memory for Count {
+        fn steering(&self) -> Option<&Arc<Steering>> {
+            self.1.as_ref()
+        }
+
         fn len(&self) -> usize {
             self.0
         }
@@ -89,7 +97,7 @@ mod tests {
         }
 
         fn fork(&self, len: usize) -> candle_core::Result<Self> {
-            Ok(Self(self.0.min(len)))
+            Ok(Self(self.0.min(len), self.1.clone()))
         }
 
         fn growth(&self, tokens: usize) -> usize {
@@ -108,32 +116,48 @@ mod tests {
     #[test]
     fn the_longest_beginning_is_found_and_kept_longest() {
         let mut prefixes = Prefixes::new();
-        prefixes.keep(tokens(100, 1), Count(100));
-        prefixes.keep(tokens(200, 2), Count(199));
-        assert_eq!(prefixes.longest(&tokens(150, 1)), Some((&Count(100), 100)));
+        prefixes.keep(tokens(100, 1), Count(100, None));
+        prefixes.keep(tokens(200, 2), Count(199, None));
+        assert_eq!(prefixes.longest(&tokens(150, 1), None), Some((&Count(100, None), 100)));
         assert_eq!(kept(&prefixes), [199, 100]);
-        assert_eq!(prefixes.longest(&tokens(150, 3)).map(|(_, shared)| shared), Some(40));
-        assert_eq!(prefixes.longest(&[7, 8]), None);
+        assert_eq!(prefixes.longest(&tokens(150, 3), None).map(|(_, shared)| shared), Some(40));
+        assert_eq!(prefixes.longest(&[7, 8], None), None);
     }
 
     #[test]
     fn a_turn_replaces_the_turns_before_it() {
         let mut prefixes = Prefixes::new();
-        prefixes.keep(tokens(100, 1), Count(100));
-        prefixes.keep(tokens(100, 2), Count(100));
-        prefixes.keep(tokens(150, 1), Count(150));
+        prefixes.keep(tokens(100, 1), Count(100, None));
+        prefixes.keep(tokens(100, 2), Count(100, None));
+        prefixes.keep(tokens(150, 1), Count(150, None));
         assert_eq!(kept(&prefixes), [100, 150]);
-        prefixes.keep(tokens(90, 2), Count(90));
+        prefixes.keep(tokens(90, 2), Count(90, None));
         assert_eq!(kept(&prefixes), [150, 100]);
-        prefixes.keep(tokens(9, 3), Count(9));
+        prefixes.keep(tokens(9, 3), Count(9, None));
         assert_eq!(kept(&prefixes), [150, 100]);
+    }
+
+    #[test]
+    fn what_was_read_under_one_steering_is_of_no_use_under_another() {
+        let steering = |top_k| Some(Arc::new(Steering { top_k: Some(top_k), ..Steering::default() }));
+        let mut prefixes = Prefixes::new();
+        prefixes.keep(tokens(100, 1), Count(100, steering(1)));
+        prefixes.keep(tokens(90, 1), Count(90, None));
+        prefixes.keep(tokens(80, 1), Count(80, steering(1)));
+        assert_eq!(kept(&prefixes), [90, 100]);
+        let found = |prefixes: &mut Prefixes<Count>, steering: Option<Arc<Steering>>| {
+            prefixes.longest(&tokens(120, 1), steering.as_ref()).map(|(cache, shared)| (cache.clone(), shared))
+        };
+        assert_eq!(found(&mut prefixes, steering(1)), Some((Count(100, steering(1)), 100)));
+        assert_eq!(found(&mut prefixes, None), Some((Count(90, None), 90)));
+        assert_eq!(found(&mut prefixes, steering(2)), None);
     }
 
     #[test]
     fn the_end_of_the_oldest_is_forgotten_first() {
         let mut prefixes = Prefixes::new();
-        prefixes.keep(tokens(130, 1), Count(130));
-        prefixes.keep(tokens(50, 2), Count(50));
+        prefixes.keep(tokens(130, 1), Count(130, None));
+        prefixes.keep(tokens(50, 2), Count(50, None));
         let mut seen = vec![kept(&prefixes)];
         while prefixes.forget() {
             seen.push(kept(&prefixes));

@@ -21,15 +21,18 @@ use std::{
 };
 
 use tokio::sync::mpsc::UnboundedSender;
-use upcycle_architectures::decoder::{DecoderError, LanguageModel, Logits, Memory, NoProbe, Step};
+use upcycle_architectures::decoder::{DecoderError, LanguageModel, Logits, Memory, Step};
+use upcycle_routers::route::Steering;
 
 use super::{
     Constraint, ConstraintError, Event, Finish, FinishReason,
+    experts::{Chosen, Experts, Watch},
     lookup::{Trust, guess},
     prefixes::{LEAST, Prefixes, common},
     sampling::Sampler,
     stops::{Shown, Stops},
     tokenizer::{TextStream, TokenizerError},
+    told::{Scores, Tell, Token, Waiting},
 };
 
 /// Tokens of text that a new sequence must find room for besides its prompt, and that all others must.
@@ -82,6 +85,8 @@ pub(super) struct Job {
     pub(super) text: TextStream,
     pub(super) stops: Stops,
     pub(super) constraint: Option<Constraint>,
+    pub(super) steering: Option<Arc<Steering>>,
+    pub(super) tell: Tell,
     /// special tokens that are part of the text
     pub(super) marks: BTreeMap<u32, String>,
     pub(super) events: UnboundedSender<Event>,
@@ -90,12 +95,21 @@ pub(super) struct Job {
 }
 
 impl Job {
-    /// The next token, from logits [V] (which become scratch), and whether the text is complete with it.
-    fn choose(&mut self, logits: &mut [f32]) -> Result<(u32, bool), ConstraintError> {
-        let Some(constraint) = &mut self.constraint else { return Ok((self.sampler.sample(logits), false)) };
-        constraint.mask(logits)?;
-        let token = self.sampler.sample(logits);
-        Ok((token, constraint.take(token)?))
+    /// The next token, and whether the text is complete with it.
+    fn choose(&mut self, row: Row) -> Result<(Token, bool), ConstraintError> {
+        let mut logits = row.logits;
+        let raw = self.tell.logprobs.map(|top| (top, logits.clone()));
+        if let Some(constraint) = &mut self.constraint {
+            constraint.mask(&mut logits)?;
+        }
+        let id = self.sampler.sample(&mut logits);
+        let complete = self.constraint.as_mut().map_or(Ok(false), |constraint| constraint.take(id))?;
+        let mut token = Token { id, experts: row.experts, ..Token::default() };
+        if let Some((top, raw)) = raw {
+            let scores = Scores::new(&raw);
+            (token.logprob, token.top) = (Some(scores.of(id)), scores.top(top));
+        }
+        Ok((token, complete))
     }
 }
 
@@ -110,9 +124,19 @@ enum End {
     Mark,
 }
 
+/// What a pass says about the token that comes next.
+struct Row {
+    /// [V]
+    logits: Vec<f32>,
+    /// who computed them, if that is recorded
+    experts: Chosen,
+}
+
 /// A request that waits or runs.
 struct Sequence<C> {
     job: Job,
+    /// tokens whose text is not shown, if anything is told of them
+    told: Waiting,
     /// prompt and text; the model has read as many of them as the cache remembers
     tokens: Vec<u32>,
     cache: C,
@@ -133,13 +157,25 @@ struct Share {
     next: Option<u32>,
 }
 
-/// Runs requests until the inbox is closed and all are finished. The tokens `ends` end a text; while `abort` is set, nothing runs.
-pub(super) fn run<M: LanguageModel>(model: &M, ends: &BTreeSet<u32>, limits: Limits, inbox: &mpsc::Receiver<Job>, abort: &AtomicBool) {
+/// What the engine's thread has from the engine.
+pub(super) struct Desk {
+    pub(super) limits: Limits,
+    /// tokens that end a text
+    pub(super) ends: BTreeSet<u32>,
+    pub(super) experts: Option<Arc<Experts>>,
+    pub(super) inbox: mpsc::Receiver<Job>,
+    /// while it is set, nothing runs
+    pub(super) abort: Arc<AtomicBool>,
+}
+
+/// Runs requests until the inbox is closed and all are finished.
+pub(super) fn run<M: LanguageModel>(model: &M, desk: &Desk) {
+    let Desk { limits, ends, inbox, abort, .. } = desk;
     let mut waiting: VecDeque<Sequence<M::Cache>> = VecDeque::new();
     let mut active: Vec<Sequence<M::Cache>> = Vec::new();
     let mut prefixes = Prefixes::new();
     let (mut pace, mut shortest_first) = (Pace(None), false);
-    let new = |job| Sequence::new(job, model.cache(), limits.lookup);
+    let new = |job: Job| Sequence::new(model.steered(job.steering.clone()), job, limits.lookup);
     loop {
         if active.is_empty() && waiting.is_empty() {
             match inbox.recv() {
@@ -154,7 +190,7 @@ pub(super) fn run<M: LanguageModel>(model: &M, ends: &BTreeSet<u32>, limits: Lim
         }
         waiting.retain(|sequence| !sequence.job.events.is_closed());
         active.retain(|sequence| !sequence.job.events.is_closed());
-        admit(model, limits, &mut waiting, &mut active, &mut prefixes);
+        admit(model, *limits, &mut waiting, &mut active, &mut prefixes);
         if active.is_empty() {
             continue;
         }
@@ -172,12 +208,12 @@ pub(super) fn run<M: LanguageModel>(model: &M, ends: &BTreeSet<u32>, limits: Lim
                 break shares;
             }
             if let Some(mut youngest) = active.pop() {
-                youngest.cache = model.cache();
+                youngest.cache = model.steered(youngest.job.steering.clone());
                 waiting.push_front(youngest);
             }
         };
 
-        match pass(model, &mut active, &shares, &mut pace) {
+        match pass(model, desk.experts.as_deref(), &mut active, &shares, &mut pace) {
             Ok(rows) => {
                 for ((mut sequence, share), rows) in std::mem::take(&mut active).into_iter().zip(&shares).zip(rows) {
                     match sequence.take(share, rows, ends, model) {
@@ -209,7 +245,7 @@ fn admit<M: LanguageModel>(
         let wanted = || active.iter().chain([&sequence]).map(|sequence| sequence.cache.growth(sequence.unread().len() + MARGIN)).sum();
         if !make_room(model, limits.cache, prefixes, wanted) && !active.is_empty() {
             // Who waits holds nothing.
-            (sequence.cache, sequence.cached) = (model.cache(), cached);
+            (sequence.cache, sequence.cached) = (model.steered(sequence.job.steering.clone()), cached);
             waiting.push_front(sequence);
             return;
         }
@@ -235,8 +271,10 @@ fn head_start<C: Memory>(sequence: &Sequence<C>, active: &[Sequence<C>], prefixe
     if wanted.len() < least {
         return None;
     }
-    let running = active.iter().map(|other| (&other.cache, common(wanted, &other.tokens[..other.cache.len()])));
-    let (cache, shared) = running.chain(prefixes.longest(wanted)).max_by_key(|(_, shared)| *shared)?;
+    let steering = sequence.cache.steering();
+    let alike = active.iter().filter(|other| other.cache.steering() == steering);
+    let running = alike.map(|other| (&other.cache, common(wanted, &other.tokens[..other.cache.len()])));
+    let (cache, shared) = running.chain(prefixes.longest(wanted, steering)).max_by_key(|(_, shared)| *shared)?;
     if shared < least {
         return None;
     }
@@ -255,7 +293,10 @@ fn share<C: Memory>(active: &[Sequence<C>], rows: usize, shortest_first: bool) -
     for i in reading {
         let sequence = &active[i];
         // Who begins as one does that is being read will take over what that one has read.
-        let waits = |&other: &usize| common(&active[other].tokens, &sequence.tokens) >= sequence.cache.len() + LEAST;
+        let waits = |&other: &usize| {
+            let other = &active[other];
+            other.cache.steering() == sequence.cache.steering() && common(&other.tokens, &sequence.tokens) >= sequence.cache.len() + LEAST
+        };
         let unread = sequence.unread();
         if chosen.is_empty() {
             shares[i].tokens = unread[..unread.len().min(room)].to_vec();
@@ -270,32 +311,41 @@ fn share<C: Memory>(active: &[Sequence<C>], rows: usize, shortest_first: bool) -
     shares
 }
 
-/// One pass. Returns rows of logits for each sequence, none where it has more to read.
+/// One pass. Returns the rows of each sequence that tokens come after, none where it has more to read.
 fn pass<M: LanguageModel>(
     model: &M,
+    experts: Option<&Experts>,
     active: &mut [Sequence<M::Cache>],
     shares: &[Share],
     pace: &mut Pace,
-) -> Result<Vec<Vec<Vec<f32>>>, DecoderError> {
+) -> Result<Vec<Vec<Row>>, DecoderError> {
     let mut steps = Vec::with_capacity(active.len());
     let mut wanted = Vec::with_capacity(active.len());
+    let (mut rows, mut recorded) = (0, Vec::new());
     for (sequence, share) in active.iter_mut().zip(shares) {
         let logits = match share.tokens.len() {
             new if new < sequence.unread().len() => Logits::None,
             _ if share.guessed > 0 => Logits::All,
             _ => Logits::Last,
         };
-        wanted.push(if logits == Logits::None { 0 } else { 1 + share.guessed });
+        let own = if logits == Logits::None { 0 } else { 1 + share.guessed };
+        rows += share.tokens.len();
+        if sequence.job.tell.experts {
+            recorded.extend(rows - own..rows);
+        }
+        wanted.push((own, sequence.job.tell.experts));
         if !share.tokens.is_empty() {
             steps.push(Step { tokens: &share.tokens, cache: &mut sequence.cache, logits });
         }
     }
-    let rows = shares.iter().map(|share| share.tokens.len()).sum();
     let start = Instant::now();
-    let logits = model.forward(&mut steps, &mut NoProbe)?;
-    let mut logits = if wanted.iter().any(|wanted| *wanted > 0) { logits.to_vec2()? } else { Vec::new() }.into_iter();
+    let mut watch = Watch::new(experts, recorded);
+    let logits = model.forward(&mut steps, &mut watch)?;
+    let mut logits = if wanted.iter().any(|(own, _)| *own > 0) { logits.to_vec2()? } else { Vec::new() }.into_iter();
     pace.learn(rows, start.elapsed());
-    Ok(wanted.into_iter().map(|wanted| logits.by_ref().take(wanted).collect()).collect())
+    let mut chosen = watch.finish(rows).into_iter();
+    let mut row = |records| Some(Row { logits: logits.next()?, experts: if records { chosen.next()? } else { Chosen::new() } });
+    Ok(wanted.into_iter().map(|(own, records)| (0..own).map_while(|_| row(records)).collect()).collect())
 }
 
 /// How long a row of a pass takes, as far as that is known.
@@ -318,9 +368,9 @@ impl Pace {
 }
 
 impl<C: Memory> Sequence<C> {
-    fn new(job: Job, cache: C, lookup: usize) -> Self {
-        let (tokens, trust) = (job.prompt.clone(), Trust::new(lookup));
-        Self { job, tokens, cache, cached: 0, trust, started: None, first_token: None }
+    fn new(cache: C, job: Job, lookup: usize) -> Self {
+        let (tokens, told, trust) = (job.prompt.clone(), Waiting::default(), Trust::new(lookup));
+        Self { job, told, tokens, cache, cached: 0, trust, started: None, first_token: None }
     }
 
     /// What the model has not read.
@@ -347,12 +397,12 @@ impl<C: Memory> Sequence<C> {
         Share { tokens: [&[token], checked].concat(), guessed: checked.len(), next: guess.first().copied() }
     }
 
-    /// Chooses the tokens that rows of logits lead to, as long as the share's guesses are right; breaks when the text is complete.
-    fn take(&mut self, share: &Share, rows: Vec<Vec<f32>>, ends: &BTreeSet<u32>, model: &impl LanguageModel<Cache = C>) -> ControlFlow<()> {
+    /// Chooses the tokens that rows lead to, as long as the share's guesses are right; breaks when the text is complete.
+    fn take(&mut self, share: &Share, rows: Vec<Row>, ends: &BTreeSet<u32>, model: &impl LanguageModel<Cache = C>) -> ControlFlow<()> {
         let mut guesses = share.tokens[share.tokens.len() - share.guessed..].iter();
         let (mut flow, mut right, known) = (ControlFlow::Continue(()), 0, self.tokens.len());
-        for mut logits in rows {
-            let (token, complete) = match self.job.choose(&mut logits) {
+        for row in rows {
+            let (token, complete) = match self.job.choose(row) {
                 Ok(chosen) => chosen,
                 Err(error) => {
                     fail(&self.job, &error.to_string());
@@ -360,9 +410,10 @@ impl<C: Memory> Sequence<C> {
                     break;
                 }
             };
-            self.tokens.push(token);
+            let id = token.id;
+            self.tokens.push(id);
             self.first_token.get_or_insert_with(Instant::now);
-            let end = if ends.contains(&token) {
+            let end = if ends.contains(&id) {
                 End::Mark
             } else if complete {
                 End::Complete
@@ -370,7 +421,7 @@ impl<C: Memory> Sequence<C> {
                 End::Open
             };
             flow = self.tell(token, end, model);
-            if flow.is_break() || guesses.next() != Some(&token) {
+            if flow.is_break() || guesses.next() != Some(&id) {
                 break;
             }
             right += 1;
@@ -385,7 +436,7 @@ impl<C: Memory> Sequence<C> {
     }
 
     /// Says what a token means; breaks when the text is complete.
-    fn tell(&mut self, token: u32, end: End, model: &impl LanguageModel<Cache = C>) -> ControlFlow<()> {
+    fn tell(&mut self, token: Token, end: End, model: &impl LanguageModel<Cache = C>) -> ControlFlow<()> {
         match self.show(token, end) {
             Ok(None) => return ControlFlow::Continue(()),
             Ok(Some(reason)) => self.send(Event::Done(self.finish(reason, model.answering(&self.cache)))),
@@ -394,10 +445,11 @@ impl<C: Memory> Sequence<C> {
         ControlFlow::Break(())
     }
 
-    /// Sends the text that the token completes; returns why the text ends here, if it does.
-    fn show(&mut self, token: u32, end: End) -> Result<Option<FinishReason>, TokenizerError> {
-        let mut piece = if end == End::Mark { String::new() } else { self.job.text.push(token)? };
-        piece.extend(self.job.marks.get(&token).cloned());
+    /// Sends the text that the token completes, behind what is told of its tokens; returns why the text ends here, if it does.
+    fn show(&mut self, token: Token, end: End) -> Result<Option<FinishReason>, TokenizerError> {
+        let mark = end == End::Mark;
+        let mut piece = if mark { String::new() } else { self.job.text.push(token.id)? };
+        piece.extend(self.job.marks.get(&token.id).cloned());
         let end = match (end, self.tokens.len() - self.job.prompt.len() >= self.job.max_tokens) {
             (End::Mark | End::Complete, _) => Some(FinishReason::Stop),
             (End::Open, true) => Some(FinishReason::Length),
@@ -406,12 +458,22 @@ impl<C: Memory> Sequence<C> {
         if end.is_some() {
             piece += &self.job.text.rest()?;
         }
+        if self.job.tell.any() && !mark {
+            self.told.push(token, &piece);
+        }
         let (mut text, stopped) = match self.job.stops.push(&piece) {
             Shown::More(text) => (text, false),
             Shown::Last(text) => (text, true),
         };
         if end.is_some() {
             text += &self.job.stops.rest();
+        }
+        let mut told = self.told.show(&text);
+        if end.is_some() && !stopped {
+            told.extend(self.told.rest());
+        }
+        if !told.is_empty() {
+            self.send(Event::Tokens(told));
         }
         if !text.is_empty() {
             self.send(Event::Text(text));

@@ -26,6 +26,16 @@ pub struct Tokenizer {
     special: BTreeMap<String, String>,
     bos: Option<u32>,
     eos: BTreeSet<u32>,
+    spelling: Option<Spelling>,
+}
+
+/// How a vocabulary spells the bytes of its tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Spelling {
+    /// a character for each byte
+    ByteLevel,
+    /// spaces are marked, and single bytes have numbers
+    Marked,
 }
 
 /// Whether the special tokens that start a text are added or stand in it already.
@@ -84,7 +94,15 @@ impl Tokenizer {
         let generation = json(sidecars, "generation_config.json")?.unwrap_or_default();
         let eos = config.eos.iter().copied().chain(id("eos_token")).chain(ids(&generation["eos_token_id"])).collect();
         let bos = id("bos_token").or(config.bos);
-        Ok(Self { inner, special, bos, eos })
+        let decoder = inner.get_decoder().and_then(|decoder| serde_json::to_value(decoder).ok()).unwrap_or_default();
+        let spelling = if decodes(&decoder, "ByteLevel") {
+            Some(Spelling::ByteLevel)
+        } else if decodes(&decoder, "Metaspace") || decodes(&decoder, "ByteFallback") {
+            Some(Spelling::Marked)
+        } else {
+            None
+        };
+        Ok(Self { inner, special, bos, eos, spelling })
     }
 
     /// The special tokens by name: `bos_token`, `eos_token` ...
@@ -138,23 +156,28 @@ impl Tokenizer {
     /// What each of the first `vocab` tokens adds to a text, byte for byte; nothing for ids that the tokenizer does not know. `None` if tokens
     /// have no bytes of their own, as where a decoder puts spaces between them.
     pub fn pieces(&self, vocab: usize) -> Option<Vec<Option<Piece>>> {
-        let decoder = serde_json::to_value(self.inner.get_decoder()?).ok()?;
-        let (byte_level, marks_spaces) =
-            (decodes(&decoder, "ByteLevel"), decodes(&decoder, "Metaspace") || decodes(&decoder, "ByteFallback"));
-        if !byte_level && !marks_spaces {
-            return None;
+        self.spelling.map(|spelling| (0..vocab as u32).map(|id| self.piece(id, spelling)).collect())
+    }
+
+    fn piece(&self, id: u32, spelling: Spelling) -> Option<Piece> {
+        let added = self.inner.get_added_vocabulary();
+        if let Some(text) = added.simple_id_to_token(id) {
+            return Some(if added.is_special_token(&text) { Piece::Special(text) } else { Piece::Bytes(text.into_bytes()) });
         }
-        let added = self.inner.get_added_tokens_decoder();
-        let piece = |id: u32| {
-            if let Some(token) = added.get(&id) {
-                let text = token.content.clone();
-                return Some(if token.special { Piece::Special(text) } else { Piece::Bytes(text.into_bytes()) });
-            }
-            let token = self.inner.id_to_token(id)?;
-            let bytes = if byte_level { token.chars().map(byte_of).collect::<Option<_>>()? } else { fallback(&token) };
-            Some(Piece::Bytes(bytes))
-        };
-        Some((0..vocab as u32).map(piece).collect())
+        let token = self.inner.id_to_token(id)?;
+        Some(Piece::Bytes(match spelling {
+            Spelling::ByteLevel => token.chars().map(byte_of).collect::<Option<_>>()?,
+            Spelling::Marked => fallback(&token),
+        }))
+    }
+
+    /// The bytes that a token stands for, special ones as they are written. One that has no bytes of its own is what it is when it stands alone.
+    pub fn written(&self, id: u32) -> Vec<u8> {
+        match self.spelling.and_then(|spelling| self.piece(id, spelling)) {
+            Some(Piece::Bytes(bytes)) => bytes,
+            Some(Piece::Special(text)) => text.into_bytes(),
+            None => self.inner.decode(&[id], false).unwrap_or_default().into_bytes(),
+        }
     }
 
     /// The special token that is written like this.

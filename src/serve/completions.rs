@@ -28,6 +28,7 @@ use super::{
     calls::{Calls, Part},
     error::ApiError,
     openai::{Body, Choice, Envelope, Kind, Prompt, Usage},
+    told::Told,
     tools,
 };
 use crate::engine::{Event, FinishReason, Request};
@@ -66,6 +67,7 @@ struct Running {
     events: UnboundedReceiver<Event>,
     /// reads calls out of its text, where there are tools
     calls: Option<Calls>,
+    told: Told,
 }
 
 /// What a piece of text says.
@@ -77,15 +79,9 @@ fn parts(calls: &mut Option<Calls>, text: String) -> Vec<Part> {
 }
 
 fn take(server: &Server, bytes: &[u8], kind: Kind) -> Result<Taken, ApiError> {
-    let model = server.model()?;
+    server.model()?;
     let body = Body::parse(bytes)?;
-    if let Some(wanted) = body.model.as_ref().filter(|wanted| **wanted != model.name) {
-        return Err(ApiError {
-            param: Some("model".into()),
-            ..ApiError::new(StatusCode::NOT_FOUND, format!("the model `{wanted}` is not served here; `{}` is", model.name))
-                .code("model_not_found")
-        });
-    }
+    let model = server.named(body.model.as_deref())?;
     body.refuse_unsupported()?;
     let text = model.engine.text();
     let template = text.template.as_ref();
@@ -107,6 +103,7 @@ fn take(server: &Server, bytes: &[u8], kind: Kind) -> Result<Taken, ApiError> {
     };
     let (n, stop, max_tokens) = (body.n()?, body.stop()?, body.max_tokens(kind));
     let sampling = body.sampling(&text.sampling)?;
+    let (steering, tell) = (body.wishes().steering(&model.engine)?, body.tell());
     let (call, format) = (tools.as_ref().and_then(|tools| tools.grammar(text)), body.grammar()?);
     let param = if call.is_some() { "tools" } else { "response_format" };
     if call.is_some() && format.is_some() {
@@ -115,6 +112,8 @@ fn take(server: &Server, bytes: &[u8], kind: Kind) -> Result<Taken, ApiError> {
     let constraint = call.or(format).map(|grammar| model.engine.constraint(&grammar)).transpose();
     let constraint = constraint.map_err(|error| ApiError { param: Some(param.into()), ..error.into() })?;
     let calls = || tools.as_ref().map(|tools| tools.calls(template));
+    let experts = model.engine.experts().map_or(0, |experts| experts.names().len());
+    let told = || Told { kind, tell, tokenizer: text.tokenizer.clone(), experts, tokens: Vec::new() };
     let marks: Vec<String> = calls().iter().map(|calls| calls.opening().to_owned()).collect();
     let mut choices = Vec::with_capacity(prompts.len() * n);
     for prompt in prompts {
@@ -128,9 +127,11 @@ fn take(server: &Server, bytes: &[u8], kind: Kind) -> Result<Taken, ApiError> {
                 max_tokens,
                 stop: stop.clone(),
                 constraint: constraint.clone(),
+                steering: steering.clone(),
+                tell,
                 marks: marks.clone(),
             };
-            choices.push(Running { events: model.engine.submit(request)?, calls: calls() });
+            choices.push(Running { events: model.engine.submit(request)?, calls: calls(), told: told() });
         }
     }
     let prefix = if kind == Kind::Chat { "chatcmpl" } else { "cmpl" };
@@ -146,10 +147,12 @@ fn take(server: &Server, bytes: &[u8], kind: Kind) -> Result<Taken, ApiError> {
 async fn whole(taken: Taken) -> Result<Response, ApiError> {
     let mut usage = Usage::default();
     let mut choices: Vec<(Choice, FinishReason)> = Vec::with_capacity(taken.choices.len());
-    for (index, Running { mut events, mut calls }) in taken.choices.into_iter().enumerate() {
+    let mut all_told = Vec::with_capacity(taken.choices.len());
+    for (index, Running { mut events, mut calls, mut told }) in taken.choices.into_iter().enumerate() {
         let mut choice = Choice::default();
         let finish = loop {
             match events.recv().await {
+                Some(Event::Tokens(tokens)) => told.tokens.extend(tokens),
                 Some(Event::Text(text)) => parts(&mut calls, text).into_iter().for_each(|part| choice.push(part)),
                 Some(Event::Done(finish)) => break finish,
                 Some(Event::Failed(reason)) => return Err(failed(reason)),
@@ -159,8 +162,11 @@ async fn whole(taken: Taken) -> Result<Response, ApiError> {
         calls.iter_mut().flat_map(Calls::finish).for_each(|part| choice.push(part));
         usage.add(index, taken.n, &finish);
         choices.push((choice, finish.reason));
+        all_told.push(told);
     }
-    Ok(Json(taken.envelope.answer(&choices, usage)).into_response())
+    let mut answer = taken.envelope.answer(&choices, usage);
+    all_told.iter_mut().enumerate().for_each(|(index, told)| told.put(&mut answer["choices"][index]));
+    Ok(Json(answer).into_response())
 }
 
 fn stream(taken: Taken) -> Response {
@@ -186,7 +192,8 @@ async fn send_chunks(taken: Taken, chunks: &Sender<String>) -> Result<(), mpsc::
     }
     let mut usage = Usage::default();
     let mut left = choices.len();
-    let (events, mut calls): (Vec<_>, Vec<_>) = choices.into_iter().map(|running| (running.events, running.calls)).unzip();
+    let (events, mut writing): (Vec<_>, Vec<_>) =
+        choices.into_iter().map(|running| (running.events, (running.calls, running.told))).unzip();
     let mut events: StreamMap<_, _> = events.into_iter().map(UnboundedReceiverStream::new).enumerate().collect();
     while left > 0 {
         let event = tokio::select! {
@@ -194,18 +201,21 @@ async fn send_chunks(taken: Taken, chunks: &Sender<String>) -> Result<(), mpsc::
             event = events.next() => event,
         };
         match event {
+            Some((index, Event::Tokens(tokens))) => writing[index].1.tokens.extend(tokens),
             Some((index, Event::Text(text))) => {
-                for part in parts(&mut calls[index], text) {
-                    send(envelope.part(index, &part)).await?;
+                let (calls, told) = &mut writing[index];
+                for part in parts(calls, text) {
+                    send(with(told, envelope.part(index, &part))).await?;
                 }
             }
             Some((index, Event::Done(finish))) => {
                 left -= 1;
                 usage.add(index, n, &finish);
-                for part in calls[index].iter_mut().flat_map(Calls::finish) {
-                    send(envelope.part(index, &part)).await?;
+                let (calls, told) = &mut writing[index];
+                for part in calls.iter_mut().flat_map(Calls::finish) {
+                    send(with(told, envelope.part(index, &part))).await?;
                 }
-                send(envelope.closing(index, finish.reason, calls[index].as_ref().map_or(0, Calls::count))).await?;
+                send(with(told, envelope.closing(index, finish.reason, calls.as_ref().map_or(0, Calls::count)))).await?;
             }
             Some((_, Event::Failed(reason))) => return chunks.send(failed(reason).object().to_string()).await,
             None => return chunks.send(failed("the engine stopped".into()).object().to_string()).await,
@@ -215,6 +225,12 @@ async fn send_chunks(taken: Taken, chunks: &Sender<String>) -> Result<(), mpsc::
         send(envelope.usage(usage)).await?;
     }
     chunks.send("[DONE]".into()).await
+}
+
+/// A chunk with what is told of its tokens, and of those before it whose text is no part of any.
+fn with(told: &mut Told, mut chunk: Value) -> Value {
+    told.put(&mut chunk["choices"][0]);
+    chunk
 }
 
 fn failed(reason: String) -> ApiError {

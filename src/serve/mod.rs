@@ -5,8 +5,10 @@
 mod calls;
 mod completions;
 mod error;
+mod experts;
 mod openai;
 mod page;
+mod told;
 mod tools;
 
 use std::{
@@ -63,6 +65,19 @@ impl Server {
         if model.engine.accepts() { Ok(model) } else { Err(unavailable("the server is shutting down")) }
     }
 
+    /// The model, if it is called so.
+    fn named(&self, name: Option<&str>) -> Result<&Model, ApiError> {
+        let model = self.model()?;
+        match name.filter(|wanted| *wanted != model.name) {
+            None => Ok(model),
+            Some(wanted) => Err(ApiError {
+                param: Some("model".into()),
+                ..ApiError::new(StatusCode::NOT_FOUND, format!("the model `{wanted}` is not served here; `{}` is", model.name))
+                    .code("model_not_found")
+            }),
+        }
+    }
+
     fn list(&self) -> Vec<Value> {
         let object = |(model, since): &(Model, SystemTime)| {
             let created = since.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
@@ -108,6 +123,7 @@ fn router(server: Arc<Server>) -> Router {
         .route("/health", get(health))
         .route("/v1/models", get(models))
         .route("/v1/models/{*name}", get(model))
+        .route("/v1/experts", get(experts::list))
         .route("/v1/chat/completions", post(completions::chat))
         .route("/v1/completions", post(completions::text))
         .fallback(async |method: Method, uri: Uri| ApiError::new(StatusCode::NOT_FOUND, format!("there is no {method} {}", uri.path())))

@@ -7,8 +7,8 @@ use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::{calls::Part, error::ApiError, tools::Tools};
-use crate::engine::{Finish, FinishReason, Grammar, Sampling};
+use super::{calls::Part, error::ApiError, experts::Wishes, tools::Tools};
+use crate::engine::{Finish, FinishReason, Grammar, Sampling, Tell};
 
 /// Tokens of a plain completion whose request does not say.
 const DEFAULT_COMPLETION_TOKENS: usize = 16;
@@ -58,6 +58,11 @@ pub(super) struct Body {
     functions: Option<Value>,
     function_call: Option<Value>,
     response_format: Option<Value>,
+    experts_per_token: Option<usize>,
+    expert_bias: Option<BTreeMap<String, f32>>,
+    mask_experts: Option<Vec<Value>>,
+    force_experts: Option<Vec<Value>>,
+    return_experts: Option<bool>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -126,6 +131,22 @@ impl Body {
             Some("lark") => Grammar::Lark(text("lark")?),
             _ => return Err(invalid(".type", "\"text\", \"json_object\", \"json_schema\", \"regex\" or \"lark\"")),
         }))
+    }
+
+    /// What is wished of experts.
+    pub(super) fn wishes(&self) -> Wishes<'_> {
+        Wishes {
+            per_token: self.experts_per_token,
+            bias: self.expert_bias.as_ref(),
+            mask: self.mask_experts.as_deref(),
+            force: self.force_experts.as_deref(),
+            told: self.return_experts.unwrap_or(false),
+        }
+    }
+
+    /// What is told of tokens.
+    pub(super) fn tell(&self) -> Tell {
+        Tell { logprobs: None, experts: self.return_experts.unwrap_or(false) }
     }
 
     pub(super) fn streams(&self) -> bool {

@@ -42,25 +42,34 @@ pub fn kept_as(kv_type: KvType, name: &str, options: Options) -> Engine {
     Engine::start(decoder(&source).with_kv_type(kv_type).unwrap(), text, options).unwrap()
 }
 
+/// The bundled experts, as the composite has them.
+pub const COMPOSED: [&str; 4] = ["code", "bible", "german", "math"];
+
 /// An engine over the bundled experts, composed in memory with gates that need no fitting.
 pub fn composite(options: Options) -> Engine {
+    let (decoder, text) = composite_decoder();
+    Engine::start(decoder, text, options).unwrap()
+}
+
+/// What that engine runs.
+pub fn composite_decoder() -> (Decoder, Text) {
     let text = fs_err::read_to_string(demo("recipe.yml")).unwrap().replace("gate_mode: auto", "gate_mode: hidden");
     let (recipe, _) = recipe::parse(&text, &demo("recipe.yml"), &[]).unwrap();
     let opened = |reference: &recipe::ModelRef| Source { reference: reference.clone(), ..open(&reference.path) };
     let sources = Sources::open(&recipe, |reference, _| Ok::<_, source::SourceError>(opened(reference))).unwrap();
     let plan = plan::plan(&recipe, &sources, &[]).unwrap();
-    let text = Text::open(&sources.base().sidecars, &plan.config).unwrap();
+    let text = Text { experts: COMPOSED.map(str::to_owned).into(), ..Text::open(&sources.base().sidecars, &plan.config).unwrap() };
     let gates = calibrate::gates(&recipe, sources.base(), || Ok(decoder(sources.base()))).unwrap().gates;
     let composite = plan::composite(plan, sources, gates, None);
     let plan = &composite.plan;
-    let decoder = Decoder::load(plan.family(), &plan.config, &composite, DType::F32, &Device::Cpu).unwrap();
-    Engine::start(decoder, text, options).unwrap()
+    (Decoder::load(plan.family(), &plan.config, &composite, DType::F32, &Device::Cpu).unwrap(), text)
 }
 
 /// An engine over the bundled experts, each of them whole, in this order.
 pub fn ensemble(experts: &[&str], options: Options) -> Engine {
     let base = open("base");
-    let text = Text::open(&base.sidecars, &base.config).unwrap();
+    let names = experts.iter().map(|&name| name.to_owned()).collect();
+    let text = Text { experts: names, ..Text::open(&base.sidecars, &base.config).unwrap() };
     let experts = experts.iter().map(|name| decoder(&open(name))).collect();
     Engine::start(Ensemble::new(experts).unwrap(), text, options).unwrap()
 }

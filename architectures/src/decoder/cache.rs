@@ -10,6 +10,7 @@ use std::sync::{
 };
 
 use candle_core::{DType, Device, Result, Tensor};
+use upcycle_routers::route::Steering;
 
 use super::DecoderError;
 use crate::{
@@ -96,12 +97,13 @@ struct Block {
 
 /// Keys and values of one sequence.
 ///
-/// It holds every token's, also those that have left a sliding window.
+/// It holds every token's, also those that have left a sliding window, as they came out under one steering.
 #[derive(Debug)]
 pub struct Cache {
     len: usize,
     caches: Caches,
     held: Held,
+    steering: Option<Arc<Steering>>,
 }
 
 #[derive(Debug)]
@@ -112,11 +114,15 @@ enum Held {
 
 impl Cache {
     pub(super) fn new(caches: &Caches) -> Self {
+        Self::steered(caches, None)
+    }
+
+    pub(super) fn steered(caches: &Caches, steering: Option<Arc<Steering>>) -> Self {
         let held = match caches.kv_type {
             Some(kv_type) => Held::Blocks(kv_type, Vec::new()),
             None => Held::Tensors((0..caches.layers).map(|_| LayerCache(None)).collect()),
         };
-        Self { len: 0, caches: caches.clone(), held }
+        Self { len: 0, caches: caches.clone(), held, steering }
     }
 
     /// Tokens held.
@@ -127,6 +133,11 @@ impl Cache {
     /// Whether it holds nothing.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// How the experts of its tokens are chosen, if not by the routers alone.
+    pub fn steering(&self) -> Option<&Arc<Steering>> {
+        self.steering.as_ref()
     }
 
     /// Forgets all tokens from position `len` on, and frees the blocks that held nothing else.
@@ -144,7 +155,7 @@ impl Cache {
             Held::Blocks(kv_type, blocks) => Held::Blocks(*kv_type, blocks[..len.div_ceil(BLOCK)].to_vec()),
             Held::Tensors(layers) => Held::Tensors(layers.iter().map(|layer| layer.copy(len, &self.caches)).collect::<Result<_>>()?),
         };
-        Ok(Self { len, caches: self.caches.clone(), held })
+        Ok(Self { len, caches: self.caches.clone(), held, steering: self.steering.clone() })
     }
 
     /// Bytes that so many tokens more would take.

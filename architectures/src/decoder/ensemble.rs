@@ -2,15 +2,17 @@
 //!
 //! All of them read a sequence until their posteriors ([`upcycle_routers::init::sequence`]) leave one; what comes before that is answered by
 //! their mixture. Tokens are read in pieces that end where experts may be dropped, which is at positions of the sequence: so neither the cut
-//! into calls nor a neighbour changes who answers. E experts, A of them left, V vocabulary, N rows of a call, T tokens of a piece.
+//! into calls nor a neighbour changes who answers. Steering says who may answer, and its bias what is thought before the first token. E experts, A of them left, V vocabulary, N rows of a call, T tokens of a piece.
+
+use std::sync::Arc;
 
 use candle_core::{D, Result, Tensor};
 use upcycle_routers::{
     init::sequence::{CHECK, FLOOR, log_posterior},
-    route::Routing,
+    route::{Routing, Steering},
 };
 
-use super::{Cache, Decoder, DecoderError, KvType, LanguageModel, Logits, Memory, NoProbe, Probe, Step, cache::Caches, new_tokens};
+use super::{Cache, Choice, Decoder, DecoderError, KvType, LanguageModel, Logits, Memory, NoProbe, Probe, Step, cache::Caches, new_tokens};
 use crate::config::Config;
 
 /// Several decoders, of which each sequence is answered by one.
@@ -32,6 +34,7 @@ pub struct EnsembleCache {
     left: Vec<Member>,
     /// tokens after which one was left
     decided: usize,
+    steering: Option<Arc<Steering>>,
 }
 
 /// An expert that is left.
@@ -39,16 +42,21 @@ pub struct EnsembleCache {
 struct Member {
     expert: usize,
     cache: Cache,
-    /// logarithm of the likelihood of all tokens but the first, which nothing speaks about
+    /// logarithm of the prior, and of the likelihood of all tokens but the first, which nothing speaks about
     likelihood: f64,
     /// logits [V] of the token that comes next and the logarithm of the sum of their exponentials; of no use to the only one left
     next: Option<(Tensor, f32)>,
 }
 
 impl EnsembleCache {
-    fn new(caches: Vec<Caches>) -> Self {
-        let member = |(expert, caches): (usize, &Caches)| Member { expert, cache: Cache::new(caches), likelihood: 0.0, next: None };
-        Self { len: 0, left: caches.iter().enumerate().map(member).collect(), decided: 0, caches }
+    fn new(caches: Vec<Caches>, steering: Option<Arc<Steering>>) -> Self {
+        let prior = steering.clone().unwrap_or_default();
+        let member = |expert: usize| {
+            let bias = prior.bias(expert);
+            let likelihood = if bias.is_finite() { f64::from(bias) } else { 0.0 };
+            Member { expert, cache: Cache::new(&caches[expert]), likelihood, next: None }
+        };
+        Self { len: 0, left: prior.allowed(caches.len()).map(member).collect(), decided: 0, caches, steering }
     }
 
     /// Tokens held.
@@ -75,7 +83,7 @@ impl EnsembleCache {
                 only.cache.truncate(len);
                 self.len = len;
             }
-            _ => *self = Self::new(std::mem::take(&mut self.caches)),
+            _ => *self = Self::new(std::mem::take(&mut self.caches), self.steering.take()),
         }
     }
 
@@ -96,6 +104,10 @@ impl EnsembleCache {
 }
 
 impl Memory for EnsembleCache {
+    fn steering(&self) -> Option<&Arc<Steering>> {
+        self.steering.as_ref()
+    }
+
     fn len(&self) -> usize {
         self.len
     }
@@ -114,7 +126,7 @@ impl Memory for EnsembleCache {
             Ok(Member { cache, next: member.next.clone(), ..*member })
         };
         let left = self.left.iter().map(member).collect::<Result<_>>()?;
-        let mut fork = Self { caches: self.caches.clone(), len: self.len, left, decided: self.decided };
+        let mut fork = Self { caches: self.caches.clone(), left, steering: self.steering.clone(), ..*self };
         fork.truncate(len);
         Ok(fork)
     }
@@ -185,8 +197,12 @@ impl LanguageModel for Ensemble {
         &self.config
     }
 
-    fn cache(&self) -> EnsembleCache {
-        EnsembleCache::new(self.experts.iter().map(|expert| expert.caches.clone()).collect())
+    fn steered(&self, steering: Option<Arc<Steering>>) -> EnsembleCache {
+        EnsembleCache::new(self.experts.iter().map(|expert| expert.caches.clone()).collect(), steering)
+    }
+
+    fn choice(&self) -> Option<Choice> {
+        Some(Choice { experts: self.experts(), top_k: 1, layers: vec![0], whole: true })
     }
 
     fn held(&self) -> usize {

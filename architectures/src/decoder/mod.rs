@@ -21,9 +21,11 @@ mod norm;
 mod rope;
 mod train;
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
-use upcycle_routers::route::Routing;
+use upcycle_routers::route::{Routing, Steering};
 
 use self::{
     attention::Attention,
@@ -111,7 +113,15 @@ pub trait LanguageModel {
     fn config(&self) -> &Config;
 
     /// An empty cache for one sequence.
-    fn cache(&self) -> Self::Cache;
+    fn cache(&self) -> Self::Cache {
+        self.steered(None)
+    }
+
+    /// An empty cache for a sequence whose experts are chosen under this steering.
+    fn steered(&self, steering: Option<Arc<Steering>>) -> Self::Cache;
+
+    /// Who can be chosen; `None` where there is no choice.
+    fn choice(&self) -> Option<Choice>;
 
     /// Bytes that all its caches hold, what several share counted once.
     fn held(&self) -> usize;
@@ -125,8 +135,24 @@ pub trait LanguageModel {
     }
 }
 
+/// The experts that a model chooses among.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Choice {
+    /// E
+    pub experts: usize,
+    /// K
+    pub top_k: usize,
+    /// the layers that have a router; 0 alone where experts answer whole sequences
+    pub layers: Vec<usize>,
+    /// whether an expert answers whole sequences
+    pub whole: bool,
+}
+
 /// What a model remembers of one sequence.
 pub trait Memory: Sized {
+    /// How the experts of its tokens are chosen, if not by the routers alone.
+    fn steering(&self) -> Option<&Arc<Steering>>;
+
     /// Tokens remembered.
     fn len(&self) -> usize;
 
@@ -149,6 +175,10 @@ pub trait Memory: Sized {
 }
 
 impl Memory for Cache {
+    fn steering(&self) -> Option<&Arc<Steering>> {
+        self.steering()
+    }
+
     fn len(&self) -> usize {
         self.len()
     }
@@ -177,8 +207,14 @@ impl LanguageModel for Decoder {
         &self.config
     }
 
-    fn cache(&self) -> Cache {
-        self.cache()
+    fn steered(&self, steering: Option<Arc<Steering>>) -> Cache {
+        Cache::steered(&self.caches, steering)
+    }
+
+    fn choice(&self) -> Option<Choice> {
+        let moe = self.config.moe.as_ref()?;
+        let layers = moe.sparse.iter().enumerate().filter(|(_, sparse)| **sparse).map(|(layer, _)| layer).collect();
+        Some(Choice { experts: moe.experts, top_k: moe.top_k, layers, whole: false })
     }
 
     fn held(&self) -> usize {
@@ -426,6 +462,7 @@ impl Decoder {
         let spans: Vec<_> = steps.iter().map(|step| (step.cache.len(), step.tokens.len())).collect();
         let rope = Table::new(&self.config.rope, self.config.head_dim, &spans, &self.device)?;
 
+        let steering = row_steering(steps);
         let mut remembered = true;
         let mut x = self.embedding.gather(&tokens)?; // [N, D]
         for (l, layer) in self.layers.iter().enumerate() {
@@ -442,7 +479,7 @@ impl Decoder {
             look(probe, Site::RouterInput, l, &normed)?;
             let y = match &layer.mlp {
                 LayerMlp::Dense(mlp) => mlp.forward(&normed)?,
-                LayerMlp::Sparse(sparse) => sparse.forward(&normed, l, probe)?,
+                LayerMlp::Sparse(sparse) => sparse.forward(&normed, l, &steering, probe)?,
             };
             x = (x + y)?;
             look(probe, Site::LayerOutput, l, &x)?;
@@ -480,6 +517,15 @@ fn new_tokens<C>(steps: &[Step<'_, C>], vocab: usize) -> std::result::Result<Vec
         Some(&token) => Err(DecoderError::Token { token, vocab }),
         None => Ok(tokens),
     }
+}
+
+/// The steering of each row of the call; none where no sequence is steered.
+fn row_steering(steps: &[Step<'_>]) -> Vec<Arc<Steering>> {
+    if steps.iter().all(|step| step.cache.steering().is_none()) {
+        return Vec::new();
+    }
+    let own = |step: &Step<'_>| std::iter::repeat_n(step.cache.steering().cloned().unwrap_or_default(), step.tokens.len());
+    steps.iter().flat_map(own).collect()
 }
 
 /// Rows of the call whose logits are wanted.

@@ -1,12 +1,15 @@
 //! The sparse MLP: a router chooses K of E experts for each token, a shared expert may stand beside them.
 //!
 //! Tokens are sorted by expert once, so each chosen expert's weights are used once per call, however many sequences it serves. A token's
-//! result is the sum over its own choices in its own order: it does not depend on who else chose those experts.
+//! result is the sum over its own choices in its own order: it does not depend on who else chose those experts. A choice of weight 0 is not
+//! computed: that is how tokens have fewer choices than others beside them.
+
+use std::sync::Arc;
 
 use candle_core::{D, DType, Device, Result, Tensor};
 use upcycle_routers::{
     init::subspace::SCALE,
-    route::{Routing, Rule, route},
+    route::{Routing, Rule, Steering, route, steered},
 };
 
 use super::{
@@ -57,16 +60,25 @@ pub(super) struct Sparse {
 }
 
 impl Sparse {
-    /// x [N, D] -> [N, D]
-    pub fn forward(&self, x: &Tensor, layer: usize, probe: &mut dyn Probe) -> std::result::Result<Tensor, DecoderError> {
+    /// x [N, D] -> [N, D]; `steering` is that of each row, or empty where none is steered.
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        layer: usize,
+        steering: &[Arc<Steering>],
+        probe: &mut dyn Probe,
+    ) -> std::result::Result<Tensor, DecoderError> {
         let wide = x.to_dtype(DType::F32)?;
         let scores = self.router.logits(&wide, self.experts.len())?; // [N, E]
         let logits = scores.flatten_all()?.to_vec1::<f32>()?;
-        let mut routing = route(&logits, self.experts.len(), self.rule);
-        let own = scores.track_op().then(|| routing.clone());
+        let mut routing = match steering {
+            [] => route(&logits, self.experts.len(), self.rule),
+            _ => steered(&logits, self.experts.len(), self.rule, |row| &steering[row]),
+        };
+        let own = (scores.track_op() && steering.is_empty()).then(|| routing.clone());
         probe.route(layer, &logits, &mut routing);
         self.check(&routing, x.dim(0)?, layer)?;
-        // What a probe has decided does not depend on the gate.
+        // What a probe or steering has decided does not depend on the gate.
         let weights = match own {
             Some(own) if own == routing => train::routing_weights(&scores, &routing, self.rule)?,
             _ => Tensor::new(routing.weights.as_slice(), x.device())?.reshape((x.dim(0)?, routing.top_k))?,
@@ -102,7 +114,7 @@ impl Sparse {
         {
             return Ok(y);
         }
-        let rows = x.index_select(&Tensor::new(sorted.tokens, x.device())?, 0)?; // [N K, D]
+        let rows = x.index_select(&Tensor::new(sorted.tokens, x.device())?, 0)?; // [choices, D]
         let mut outputs = Vec::new();
         let mut start = 0;
         for (expert, len) in sorted.experts {
@@ -131,7 +143,7 @@ impl Sparse {
         let x = x.contiguous()?;
         let x = Values::of(&x)?;
 
-        let mut hidden = vec![0f32; choices * ffn]; // [N K, F]
+        let mut hidden = vec![0f32; choices * ffn]; // [choices, F]
         let (mut rest, mut tokens) = (hidden.as_mut_slice(), sorted.tokens.as_slice());
         let mut jobs = Vec::with_capacity(experts.len());
         for (([gate, up], _), activation, len) in &experts {
@@ -142,7 +154,7 @@ impl Sparse {
         }
         product::run(kernels, jobs);
 
-        let mut outputs = vec![0f32; choices * d]; // [N K, D]
+        let mut outputs = vec![0f32; choices * d]; // [choices, D]
         let (mut rest, mut inputs) = (outputs.as_mut_slice(), hidden.as_slice());
         let mut jobs = Vec::with_capacity(experts.len());
         for ((_, down), _, len) in &experts {
@@ -158,7 +170,7 @@ impl Sparse {
         let mut y = vec![0f32; n * d];
         parallel_pieces(&mut y, TOKENS * d, |piece, y| {
             for (y, token) in y.chunks_exact_mut(d).zip(piece * TOKENS..) {
-                for choice in token * k..(token + 1) * k {
+                for choice in (token * k..(token + 1) * k).filter(|&choice| weights[choice] != 0.0) {
                     let output = &outputs[sorted.place[choice] as usize * d..][..d];
                     y.iter_mut().zip(output).for_each(|(y, output)| *y += weights[choice] * output);
                 }
@@ -168,11 +180,11 @@ impl Sparse {
     }
 }
 
-/// The N K choices of a routing, expert by expert.
+/// The choices of a routing, expert by expert: of N K those that have weight, and each token's first.
 struct Sorted {
-    /// of whom each choice in this order is, [N K]
+    /// of whom each choice in this order is
     tokens: Vec<u32>,
-    /// where choice i K + k of the routing stands in this order, [N K]
+    /// where choice i K + k of the routing stands in this order, [N K]; one without weight, where its token's first does
     place: Vec<u32>,
     /// the chosen experts and how many choices each has, in this order
     experts: Vec<(usize, usize)>,
@@ -180,12 +192,15 @@ struct Sorted {
 
 impl Sorted {
     fn new(routing: &Routing) -> Self {
-        let expert = |choice: &u32| routing.experts[*choice as usize] as usize;
-        let mut order: Vec<u32> = (0..routing.experts.len() as u32).collect();
+        let (k, expert) = (routing.top_k as u32, |choice: &u32| routing.experts[*choice as usize] as usize);
+        let counts = |choice: &u32| choice.is_multiple_of(k) || routing.weights[*choice as usize] != 0.0;
+        let all = 0..routing.experts.len() as u32;
+        let mut order: Vec<u32> = all.clone().filter(counts).collect();
         order.sort_by_key(expert);
-        let mut place = vec![0u32; order.len()];
+        let mut place = vec![0u32; all.len()];
         (0u32..).zip(&order).for_each(|(at, choice)| place[*choice as usize] = at);
+        all.filter(|choice| !counts(choice)).for_each(|choice| place[choice as usize] = place[(choice - choice % k) as usize]);
         let experts = order.chunk_by(|a, b| expert(a) == expert(b)).map(|same| (expert(&same[0]), same.len())).collect();
-        Self { tokens: order.iter().map(|choice| choice / routing.top_k as u32).collect(), place, experts }
+        Self { tokens: order.iter().map(|choice| choice / k).collect(), place, experts }
     }
 }
