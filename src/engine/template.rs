@@ -3,10 +3,10 @@
 //! A template is Jinja as `transformers` runs it (`trim_blocks`, `lstrip_blocks`, Python methods, `json.dumps` spacing). Where the text comes
 //! from is decided here too; tokenizing the result is not.
 
-use std::{collections::BTreeMap, time::SystemTime};
+use std::{collections::BTreeMap, fmt::Write as _, io, time::SystemTime};
 
 use minijinja::{
-    Environment, ErrorKind, UndefinedBehavior, Value,
+    Environment, ErrorKind, Output, State, UndefinedBehavior, Value, escape_formatter,
     syntax::SyntaxConfig,
     value::{Kwargs, Serde},
 };
@@ -17,7 +17,13 @@ use super::sidecars::{SidecarError, json, text};
 use crate::source::Sidecar;
 
 /// Instructions that one rendering may take: a template that loops for ever is an error, not a hang.
-const FUEL: u64 = 20_000_000;
+const FUEL: u64 = 2_000_000;
+
+/// Bytes that one rendering may write, what it sets aside in blocks and macros included.
+const MOST: usize = 16 << 20;
+
+/// Columns that JSON may be indented by.
+const INDENT: usize = 64;
 
 const NAME: &str = "chat template";
 
@@ -60,6 +66,9 @@ pub enum TemplateError {
     /// The template called `raise_exception`.
     #[error("the model's chat template refuses these messages: {0}")]
     Raised(String),
+    /// Its output has no end in sight.
+    #[error("the chat template writes more than {} MB", MOST >> 20)]
+    Long,
     /// It failed while it ran.
     #[error("the chat template failed: {0}")]
     Render(#[source] minijinja::Error),
@@ -91,6 +100,7 @@ impl ChatTemplate {
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.set_fuel(Some(FUEL));
+        environment.set_formatter(write_value);
         environment.add_filter("tojson", tojson);
         environment.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message.clone()).with_source(Raised(message)))
@@ -114,10 +124,50 @@ impl ChatTemplate {
         }
         context.extend(chat.variables.iter().map(|(name, value)| (name.as_str(), Value::from(Serde(value)))));
         let template = self.environment.get_template(NAME).map_err(TemplateError::Render)?;
-        template.render(context).map_err(|error| match raised(&error) {
-            Some(message) => TemplateError::Raised(message),
-            None => TemplateError::Render(error),
-        })
+        let mut prompt = Prompt(Vec::new());
+        template.render_captured_to(context, &mut prompt).map_err(|error| match (cause(&error), cause::<io::Error>(&error)) {
+            (Some(Raised(message)), _) => TemplateError::Raised(message.clone()),
+            (None, Some(_)) => TemplateError::Long,
+            (None, None) => TemplateError::Render(error),
+        })?;
+        // Whole strings were written.
+        Ok(String::from_utf8_lossy(&prompt.0).into_owned())
+    }
+}
+
+/// What was written, as long as it is no more than it may be.
+struct Prompt(Vec<u8>);
+
+impl io::Write for Prompt {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.0.len() + bytes.len() > MOST {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Writes a value if there is room for it, wherever it goes: what a block or a macro returns is not in the prompt yet.
+fn write_value(out: &mut Output<'_>, state: &mut State<'_, '_>, value: &Value) -> Result<(), minijinja::Error> {
+    let room = state.get_or_insert_extension(Room(MOST));
+    write!(room, "{value}").map_err(|_| {
+        minijinja::Error::new(ErrorKind::WriteFailure, "too much is written").with_source(io::Error::from(io::ErrorKind::FileTooLarge))
+    })?;
+    escape_formatter(out, state, value)
+}
+
+/// Counts what is written.
+struct Room(usize);
+
+impl std::fmt::Write for Room {
+    fn write_str(&mut self, text: &str) -> std::fmt::Result {
+        self.0 = self.0.checked_sub(text.len()).ok_or(std::fmt::Error)?;
+        Ok(())
     }
 }
 
@@ -126,15 +176,9 @@ impl ChatTemplate {
 #[error("{0}")]
 struct Raised(String);
 
-fn raised(error: &minijinja::Error) -> Option<String> {
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        if let Some(Raised(message)) = error.downcast_ref() {
-            return Some(message.clone());
-        }
-        cause = error.source();
-    }
-    None
+/// The error of that type that another one came of.
+fn cause<E: std::error::Error + 'static>(error: &minijinja::Error) -> Option<&E> {
+    std::iter::successors(std::error::Error::source(error), |error| error.source()).find_map(|error| error.downcast_ref())
 }
 
 fn from_json(sidecars: &BTreeMap<String, Sidecar>, file: &'static str) -> Result<Option<String>, TemplateError> {
@@ -171,7 +215,7 @@ fn without_generation_tags(source: &str) -> String {
 /// Python's `json.dumps(value, ensure_ascii=False, indent=...)`.
 #[expect(clippy::needless_pass_by_value, reason = "minijinja hands filters their arguments by value")]
 fn tojson(value: &Value, options: Kwargs) -> Result<String, minijinja::Error> {
-    let indent: Option<usize> = options.get("indent")?;
+    let indent = options.get::<Option<usize>>("indent")?.map(|width| width.min(INDENT));
     let _same_text: Option<bool> = options.get("ensure_ascii")?;
     options.assert_all_used()?;
     let mut out = Vec::new();
@@ -340,6 +384,22 @@ mod tests {
         assert!(matches!(render(endless, &json!([])).unwrap_err(), TemplateError::Render(_)));
         assert!(matches!(render("{% for %}", &json!([])).unwrap_err(), TemplateError::Syntax(_)));
         assert!(matches!(render("{{ messages[0].a.b }}", &json!([{"role": 1}])).unwrap_err(), TemplateError::Render(_)));
+    }
+
+    #[test]
+    fn what_is_written_has_an_end() {
+        let doubling = "{% set ns = namespace(s='0123456789abcdef') %}{% for i in range(40) %}{% set ns.s = f(ns.s) %}{% endfor %}";
+        for source in [
+            format!("{{% macro f(x) %}}{{{{ x }}}}{{{{ x }}}}{{% endmacro %}}{doubling}"),
+            "{% for a in range(99999) %}{{ 'x' * 1000 }}{% endfor %}".into(),
+            format!("{{% for a in range(99999) %}}{}{{% endfor %}}", "x".repeat(1000)),
+            "{{ ['x' * 1000] * 99999 }}".into(),
+        ] {
+            let error = render(&source, &json!([])).unwrap_err();
+            assert!(matches!(error, TemplateError::Long), "{source}: {error}");
+        }
+        assert_eq!(render("{{ 'x' * 9999999 }}", &json!([])).unwrap().len(), 9_999_999);
+        assert_eq!(render("{{ [1] | tojson(indent=999999999999) }}", &json!([])).unwrap(), format!("[\n{}1\n]", " ".repeat(INDENT)));
     }
 
     #[test]

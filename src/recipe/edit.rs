@@ -40,7 +40,7 @@ pub enum EditError {
 /// The recipe's text with the change.
 pub fn edit(text: &str, change: &Change) -> Result<String, EditError> {
     let yaml = |error: &dyn std::fmt::Display| EditError::Yaml(error.to_string());
-    let mut recipe: Map<String, Value> = serde_saphyr::from_str(text).map_err(|error| yaml(&error))?;
+    let mut recipe: Map<String, Value> = serde_saphyr::from_str_with_options(text, super::yaml::options()).map_err(|error| yaml(&error))?;
     let Some(Value::Array(experts)) = recipe.get_mut("experts") else { return Err(EditError::Yaml("it has no list of `experts`".into())) };
     match change {
         Change::Add(new) => experts.push(described(Map::new(), new)),

@@ -37,13 +37,19 @@ pub(super) struct Entry {
     pub(super) node: Node,
 }
 
-/// Reads one YAML document; an error is a message and where it belongs.
-pub(super) fn parse(text: &str) -> Result<Node, (String, Range<usize>)> {
-    let options = serde_saphyr::options! {
+/// What every reading of a recipe allows.
+pub(super) fn options() -> serde_saphyr::Options {
+    serde_saphyr::options! {
         with_snippet: false,
         non_finite_float_policy: serde_saphyr::NonFiniteFloatPolicy::PassThrough,
-    };
-    let tree: Spanned<Tree> = serde_saphyr::from_str_with_options(text, options).map_err(|error| {
+        // Of a recipe's few keys none is worth repeating more often.
+        alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: 10_000 },
+    }
+}
+
+/// Reads one YAML document; an error is a message and where it belongs.
+pub(super) fn parse(text: &str) -> Result<Node, (String, Range<usize>)> {
+    let tree: Spanned<Tree> = serde_saphyr::from_str_with_options(text, options()).map_err(|error| {
         let mut message = error.render_with_formatter(&serde_saphyr::UserMessageFormatter);
         // The place is shown by the caret.
         message.truncate(message.rfind(" at line ").unwrap_or(message.len()));

@@ -79,7 +79,10 @@ pub fn verify<E: std::fmt::Display>(
     let Some(composite) = plan::recorded(written, tensors, Sources::numbered(all), manifest.seed) else {
         return Err(WriteError::Manifest { out, reason: "the model is none of ours".into() });
     };
-    progress.begin(manifest.tensors.values().filter_map(Manifest::bytes).sum(), 0);
+    let Some(total) = manifest.tensors.values().try_fold(0u64, |total, entry| total.checked_add(Manifest::bytes(entry)?)) else {
+        return Err(WriteError::Manifest { out, reason: "its tensors have more bytes than there can be".into() });
+    };
+    progress.begin(total, 0);
     let checks: Vec<(usize, &String)> = names.into_iter().enumerate().collect();
     let differences: Vec<Vec<String>> = checks
         .into_par_iter()
