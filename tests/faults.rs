@@ -6,14 +6,23 @@ use std::{
     panic::AssertUnwindSafe,
     path::Path,
     process::{Command, Output},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant, SystemTime},
 };
 
 use assert_cmd::cargo::cargo_bin;
+use candle_core::Device;
 use upcycle::{
-    recipe::Recipe,
-    source::{self, OpenOptions, Source},
+    calibrate::{
+        self,
+        text::{Corpus, Sequence},
+    },
+    plan::{self, Sources},
+    recipe::{ModelRef, Recipe},
+    source::{self, DataFile, OpenOptions, Source},
     write::{self, Options, Progress, Silent, WriteError},
 };
 
@@ -22,8 +31,14 @@ use crate::{
     support::models,
 };
 
-const MANY_SHARDS: Options =
-    Options { shard_size: 20_000, overwrite: false, tokenizer: true, card: true, allow_non_finite: false, checkpoint: 4_000 };
+const MANY_SHARDS: Options = Options {
+    shard_size: 20_000,
+    overwrite: false,
+    tokenizer: true,
+    card: true,
+    allow_non_finite: false,
+    checkpoint: 4_000,
+};
 
 /// Does something when the first byte is about to be written, or when the first shard is on disk.
 struct At<F> {
@@ -164,6 +179,27 @@ fn a_source_cut_short_meanwhile_is_an_error() {
     }
 }
 
+/// Maps of such a file would end the process.
+#[test]
+fn a_source_cut_short_while_it_is_fitted_is_an_error() {
+    let models = Models::new("llama");
+    let recipe = models.recipe("gate_mode: ridge\nshared: fit", "");
+    let sources = Sources::open(&recipe, |reference, _| source::open(reference, &OpenOptions::default())).unwrap();
+    let plan = plan::plan(&recipe, &sources, &[]).unwrap();
+    let sequence = |e: u32| Sequence { tokens: (0..40).map(|i| 3 + 20 * e + i * i % 17).collect(), counts: vec![true; 40] };
+    let corpus = Corpus { experts: (0..3).map(|e| vec![sequence(e); 4]).collect(), origin: Vec::new(), warnings: Vec::new() };
+    let file = models.path("b").join("model.safetensors");
+    let cut = |done: usize, _: usize| {
+        if done == 1 {
+            fs_err::OpenOptions::new().write(true).open(&file).unwrap().set_len(4096).unwrap();
+        }
+    };
+    let error = calibrate::fit(&recipe, &plan, &sources, &corpus, &Device::Cpu, &models.path("cache"), &cut).map(|_| ()).unwrap_err();
+    let error = error.to_string();
+    assert!(error.contains(&file.display().to_string()) && error.contains("changed while it was being read"), "{error}");
+    assert_eq!(files(&models.path("cache")).len(), 0, "nothing is left of it");
+}
+
 #[test]
 fn a_source_that_changed_meanwhile_is_an_error_and_then_another_source() {
     let models = Models::new("llama");
@@ -283,6 +319,22 @@ fn verify_names_what_is_not_as_it_was_written() {
     assert_eq!(found.absent.len(), 1);
 }
 
+#[test]
+fn a_manifest_whose_sizes_add_up_to_more_than_there_can_be_is_an_error() {
+    let models = Models::new("llama");
+    let out = models.path("out");
+    whole(&models.recipe("gate_mode: random", ""), &out);
+    let file = out.join(write::MANIFEST);
+    let mut manifest: serde_json::Value = serde_json::from_slice(&fs_err::read(&file).unwrap()).unwrap();
+    for tensor in ["lm_head.weight", "model.norm.weight"] {
+        manifest["tensors"][tensor]["shape"] = serde_json::json!([i64::MAX as u64 / 2, 2]);
+    }
+    fs_err::write(&file, manifest.to_string()).unwrap();
+    let written = source::open(&out.display().to_string().parse().unwrap(), &OpenOptions::default()).unwrap();
+    let error = write::verify(written, |_, _| Err("not there"), &Silent).unwrap_err();
+    assert!(matches!(&error, WriteError::Manifest { reason, .. } if reason.contains("more bytes than there can be")), "{error}");
+}
+
 /// A base and experts that take long enough to write to be killed on the way, and a recipe over them.
 fn larger(dir: &Path) {
     let (d, f, layers) = (128, 512, 8);
@@ -353,6 +405,77 @@ fn killed_at_any_moment_it_goes_on_to_the_same_bytes() {
             fs_err::remove_dir_all(&out).unwrap();
         }
     }
+}
+
+/// A disk that fails: at its beginning nothing is mapped into a process's memory, so that reading there is an I/O error.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_source_that_cannot_be_read_is_an_error_that_names_it() {
+    for head in ["gate_mode: random", "gate_mode: random\ndtype: float32", "gate_mode: random\nshared: average"] {
+        let models = Models::new("llama");
+        let recipe = models.recipe(head, "");
+        let damaged = |reference: &ModelRef, _: Option<&Source>| -> Result<Source, source::SourceError> {
+            let mut source = source::open(reference, &OpenOptions::default())?;
+            if reference.path.ends_with("/c") {
+                let file = Arc::new(DataFile::of(Path::new("/proc/self/mem")).unwrap());
+                source.extents.values_mut().for_each(|extent| (extent.file, extent.offset) = (file.clone(), 0));
+            }
+            Ok(source)
+        };
+        let sources = Sources::open(&recipe, damaged).unwrap();
+        let good = composite(&recipe);
+        let bad = plan::composite((*good.plan).clone(), sources, good.gates().clone(), None);
+        let out = models.path("out");
+        let error = write::write(&bad, &recipe, &out, &MANY_SHARDS, &Silent).unwrap_err().to_string();
+        assert!(error.contains("/proc/self/mem") && error.contains("Input/output error"), "{head}: {error}");
+        assert!(files(&out).keys().all(|name| name.starts_with('.')), "nothing has a final name");
+        compose(&recipe, &out, &MANY_SHARDS, &Silent).unwrap();
+        assert_eq!(files(&out), whole(&recipe, &models.path("whole")));
+    }
+}
+
+/// As somebody whom permissions bind, which root is not.
+#[cfg(unix)]
+#[test]
+fn a_directory_that_may_no_longer_be_written_is_an_error() {
+    use std::os::unix::{fs::PermissionsExt as _, process::CommandExt as _};
+    const NOBODY: u32 = 65_534;
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    larger(dir);
+    assert!(upcycle(dir, &["compose", "recipe.yml", "whole"]).status().unwrap().success());
+    let (out, allow) = (dir.join("out"), |path: &Path, mode| fs_err::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap());
+    allow(dir, 0o755);
+    for model in ["base", "a", "b", "c"] {
+        allow(&dir.join(model).join("model.safetensors"), 0o644);
+    }
+    fs_err::create_dir(&out).unwrap();
+    let root = std::os::unix::fs::chown(&out, Some(NOBODY), None).is_ok();
+    let compose = || {
+        let mut command = upcycle(dir, &["compose", "recipe.yml", "out", "--overwrite"]);
+        if root {
+            command.uid(NOBODY).env("HOME", dir);
+        }
+        command.stderr(std::process::Stdio::piped()).spawn()
+    };
+    // It may be faster than we are.
+    for _ in 0..20 {
+        let Ok(mut child) = compose() else { return eprintln!("skipped: no other user can run it here") };
+        while !out.join(".upcycle-unfinished").exists() && child.try_wait().unwrap().is_none() {}
+        allow(&out, 0o555);
+        let output = child.wait_with_output().unwrap();
+        allow(&out, 0o755);
+        if output.status.success() {
+            files(&out).into_keys().for_each(|name| fs_err::remove_file(out.join(name)).unwrap());
+            continue;
+        }
+        assert!(said(&output).contains("Permission denied") && said(&output).contains("out/"), "{}", said(&output));
+        assert!(!out.join("config.json").exists());
+        assert!(compose().unwrap().wait().unwrap().success());
+        assert!(files(&out) == files(&dir.join("whole")));
+        return;
+    }
+    panic!("twenty times it was done before the directory could be closed");
 }
 
 /// Where a process may mount nothing, its files may still be limited.

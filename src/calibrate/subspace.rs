@@ -3,14 +3,14 @@
 //! E experts, R directions, D hidden, F ffn.
 
 use rayon::prelude::*;
-use upcycle_architectures::{LayerRole, Projection, Role, WeightsError};
+use upcycle_architectures::{LayerRole, Projection, Role, Weights as _, WeightsError};
 use upcycle_routers::{gate::Gate, init::subspace::directions};
 
 use super::CalibrateError;
 use crate::{
     plan::{Gates, Sources},
     recipe::Recipe,
-    source::Source,
+    source::{Positioned, Source},
 };
 
 /// The directions of every layer's experts, [E R, D], in place of a gate. Experts and base are dense, as their plan has found. One change of
@@ -32,7 +32,7 @@ fn change(base: &Source, expert: &Source, layer: usize) -> Result<Vec<f32>, Weig
     let mut change = Vec::new();
     for projection in [Projection::Gate, Projection::Up] {
         let role = Role::Layer(layer, LayerRole::Mlp(projection));
-        let read = |source: &Source| source.weights.read(&source.family.name(role).unwrap_or_default());
+        let read = |source: &Source| Positioned(source).read(&source.family.name(role).unwrap_or_default());
         let (before, after) = (read(base)?, read(expert)?);
         if before.info.shape != after.info.shape {
             let tensor = format!("{}: {}", expert.reference, expert.family.name(role).unwrap_or_default());

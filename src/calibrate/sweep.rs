@@ -18,7 +18,7 @@ use std::{collections::BTreeMap, ops::Range, path::Path};
 
 use candle_core::{DType, Device, Result as TensorResult, Tensor};
 use upcycle_architectures::{
-    AttentionPart, LayerRole, Projection, Role, View,
+    AttentionPart, LayerRole, Projection, Role, View, Weights as _,
     decoder::{Block, Sequences},
 };
 use upcycle_routers::{
@@ -37,7 +37,7 @@ use super::{
 use crate::{
     plan::Plan,
     recipe::{Recipe, Shared},
-    source::Source,
+    source::{Positioned, Source},
 };
 
 /// Router inputs of each expert's text that a gate is fitted to as they are; more are summed up.
@@ -135,7 +135,7 @@ impl Sweep<'_> {
         store: &mut Writer,
     ) -> Result<(Gate, FitReport), CalibrateError> {
         let blocks =
-            self.experts.iter().map(|e| Block::load(e.family, &e.config, &*e.weights, l, self.device)).collect::<Result<Vec<_>, _>>()?;
+            self.experts.iter().map(|e| Block::load(e.family, &e.config, &Positioned(e), l, self.device)).collect::<Result<Vec<_>, _>>()?;
         let mut over = BTreeMap::new();
         for role in self.small_roles(l) {
             self.place(&mut over, role, self.averaged(role)?);
@@ -385,7 +385,7 @@ impl Sweep<'_> {
 
     /// The composite's attention and norms of a layer; its MLP is the base's, and not used.
     fn block(&self, l: usize, over: &BTreeMap<String, View>) -> Result<Block, CalibrateError> {
-        let weights = Overlay { over: over.clone(), under: &*self.base.weights };
+        let weights = Overlay { over: over.clone(), under: &Positioned(self.base) };
         Ok(Block::load(self.base.family, &self.base.config, &weights, l, self.device)?)
     }
 
@@ -446,7 +446,7 @@ fn relative(weight: &Tensor, stream: &Tensor) -> TensorResult<Tensor> {
 /// A tensor of a dense model; a tied model's head is its embedding.
 fn view(source: &Source, role: Role) -> Result<View, CalibrateError> {
     let role = if role == Role::Head && source.config.tied { Role::Embedding } else { role };
-    Ok(source.weights.read(&source.family.name(role).unwrap_or_default())?)
+    Ok(Positioned(source).read(&source.family.name(role).unwrap_or_default())?)
 }
 
 /// Rows of an embedding for all tokens, [N, D].
@@ -454,7 +454,7 @@ fn embed(source: &Source, embedding: Option<&View>, texts: &Sequences, device: &
     let d = source.config.hidden;
     let view = match embedding {
         Some(view) => view.clone(),
-        None => source.weights.read(&source.family.name(Role::Embedding).unwrap_or_default())?,
+        None => self::view(source, Role::Embedding)?,
     };
     let bytes = view.info.dtype.bytes(d);
     let rows: Vec<u8> = texts.tokens().flat_map(|token| view.data.slice(token as usize * bytes..(token as usize + 1) * bytes)).collect();

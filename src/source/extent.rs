@@ -9,9 +9,9 @@ use std::{
 };
 
 use fs_err::File;
-use upcycle_architectures::TensorInfo;
+use upcycle_architectures::{TensorInfo, View, Weights, WeightsError};
 
-use super::map;
+use super::{Source, map};
 
 /// A file of weights as it was when its model was opened.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,7 +40,12 @@ impl Stamp {
 }
 
 impl DataFile {
-    pub(super) fn of(path: &Path, file: &File) -> io::Result<Self> {
+    /// A file as it is now.
+    pub fn of(path: &Path) -> io::Result<Self> {
+        Self::opened(path, &map::open(path)?)
+    }
+
+    pub(super) fn opened(path: &Path, file: &File) -> io::Result<Self> {
         Ok(Self { path: path.to_owned(), stamp: Stamp::of(file)? })
     }
 
@@ -48,6 +53,11 @@ impl DataFile {
     pub fn open(&self) -> io::Result<File> {
         let file = map::open(&self.path)?;
         if Stamp::of(&file)? == self.stamp { Ok(file) } else { Err(self.changed()) }
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     fn changed(&self) -> io::Error {
@@ -79,6 +89,27 @@ impl Extent {
             io::ErrorKind::UnexpectedEof => self.file.changed(),
             _ => error,
         })
+    }
+}
+
+/// A model's weights read by position, not from its maps: for whoever reads for long while files may change. Each reading is a copy.
+pub(crate) struct Positioned<'a>(pub(crate) &'a Source);
+
+impl Weights for Positioned<'_> {
+    fn names(&self) -> Vec<String> {
+        self.0.weights.names()
+    }
+
+    fn info(&self, name: &str) -> Option<TensorInfo> {
+        self.0.weights.info(name)
+    }
+
+    fn read(&self, name: &str) -> Result<View, WeightsError> {
+        let Some(extent) = self.0.extents.get(name) else { return self.0.weights.read(name) };
+        let mut data = vec![0; extent.info.bytes()];
+        let read = extent.file.open().and_then(|file| extent.read(&file, 0, &mut data));
+        read.map_err(|error| WeightsError::Read { tensor: name.to_owned(), reason: error.to_string() })?;
+        Ok(View { info: extent.info.clone(), data: data.into() })
     }
 }
 

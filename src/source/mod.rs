@@ -36,6 +36,7 @@ pub use self::{
     sidecar::{eos_ids, sidecar},
 };
 pub(crate) use self::{
+    extent::Positioned,
     map::map,
     place::{CONFIG, INDEX},
 };

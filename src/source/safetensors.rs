@@ -98,7 +98,7 @@ impl Checkpoint {
     fn add(&mut self, file: &Path) -> Result<(), SourceError> {
         let opened = map::open(file)?;
         let bytes = map::map_opened(&opened)?;
-        self.files.push(Arc::new(DataFile::of(file, &opened)?));
+        self.files.push(Arc::new(DataFile::opened(file, &opened)?));
         let broken = |reason: String| SourceError::Safetensors { file: file.to_owned(), reason };
         let (header, metadata) = SafeTensors::read_metadata(&bytes).map_err(|error| broken(explain(&bytes, &error)))?;
         // 8 bytes of length, then the header.

@@ -15,7 +15,7 @@ pub(crate) use self::{
     tensors::{floats, names},
     tokenizer::{GPT2, splitting_name},
 };
-use super::{DataFile, ModelRef, Source, SourceError, map};
+use super::{DataFile, ModelRef, Source, SourceError};
 
 /// Whether a file is one, by its first bytes.
 pub(super) fn is_gguf(file: &Path) -> std::io::Result<bool> {
@@ -39,7 +39,7 @@ pub(super) fn open(reference: &ModelRef, file: &Path) -> Result<Source, SourceEr
         config_json,
         weights: Arc::new(weights),
         extents: HashMap::new(),
-        files: vec![Arc::new(DataFile::of(file, &map::open(file)?)?)],
+        files: vec![Arc::new(DataFile::of(file)?)],
         sidecars,
     })
 }
