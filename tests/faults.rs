@@ -33,6 +33,7 @@ use crate::{
 
 const MANY_SHARDS: Options = Options {
     shard_size: 20_000,
+    by_expert: false,
     overwrite: false,
     tokenizer: true,
     card: true,

@@ -2,9 +2,10 @@
 //! here could hold.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     path::Path,
     process::{Command, Output},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use assert_cmd::cargo::cargo_bin;
@@ -14,7 +15,13 @@ use crate::{compose::files, support::models};
 
 fn upcycle(dir: &Path, args: &[&str]) -> Output {
     let mut command = Command::new(cargo_bin!("upcycle"));
-    command.args(args).current_dir(dir).envs([("RAYON_NUM_THREADS", "2"), ("HF_HUB_OFFLINE", "1"), ("NO_COLOR", "1"), ("HF_HOME", "hf")]);
+    command.args(args).current_dir(dir).envs([
+        ("RAYON_NUM_THREADS", "2"),
+        ("HF_HUB_OFFLINE", "1"),
+        ("NO_COLOR", "1"),
+        ("HF_HOME", "hf"),
+        ("UPCYCLE_CACHE", "cache"),
+    ]);
     command.output().unwrap()
 }
 
@@ -61,6 +68,10 @@ fn experts_come_and_go_in_place() {
         let [changed, fresh] = ["out", "fresh"].map(|name| {
             let mut files = files(&dir.join(name));
             assert!(files.remove("upcycle_recipe.yml").is_some() && files.remove("README.md").is_some());
+            let manifest = files.get_mut("upcycle_manifest.json").unwrap();
+            let mut json: Value = serde_json::from_slice(manifest).unwrap();
+            assert!(json.as_object_mut().unwrap().remove("recipe").is_some());
+            *manifest = json.to_string().into_bytes();
             files
         });
         assert!(changed == fresh, "{experts}: {:?} and {:?}", changed.keys(), fresh.keys());
@@ -78,6 +89,108 @@ fn experts_come_and_go_in_place() {
     assert!(fails(dir, &["remove-expert", "out", "a"]).1.contains("there is no expert `a`; there are d, c, b, numbered from 0"));
     assert!(fails(dir, &["add-expert", "out", "nowhere", "--prompt", "x"]).1.contains("nowhere"));
     assert!(files(&dir.join("out")) == before, "a change that fails changes nothing");
+}
+
+/// A text of words of its own for each expert, and a recipe over experts `a` to `c` whose gates are fitted to them.
+fn fitted(dir: &Path, head: &str) {
+    let mut recipe = format!("base_model: base\ngate_mode: ridge\n{head}experts:\n");
+    for (e, name) in ["a", "b", "c", "d"].into_iter().enumerate() {
+        let words: Vec<String> = (0..6000).map(|i| format!("w{}", 3 + 15 * e + (i * i + 3 * i + i / 7) % 14)).collect();
+        fs_err::write(dir.join(format!("{name}.txt")), words.join(" ")).unwrap();
+        if name != "d" {
+            recipe += &format!("  - source_model: {name}\n    text_file: {name}.txt\n");
+        }
+    }
+    fs_err::write(dir.join("fitted.yml"), recipe).unwrap();
+}
+
+/// Time and bytes of the weights' files.
+fn weights(dir: &Path) -> BTreeMap<String, (SystemTime, Vec<u8>)> {
+    let names = files(dir).into_keys().filter(|name| name.ends_with(".safetensors"));
+    let state = |name: &String| (fs_err::metadata(dir.join(name)).unwrap().modified().unwrap(), fs_err::read(dir.join(name)).unwrap());
+    names.map(|name| (name.clone(), state(&name))).collect()
+}
+
+/// The names of files that are not the same in both.
+fn changed<T: PartialEq>(a: &BTreeMap<String, T>, b: &BTreeMap<String, T>) -> Vec<String> {
+    a.keys().chain(b.keys()).filter(|name| a.get(*name) != b.get(*name)).cloned().collect::<BTreeSet<_>>().into_iter().collect()
+}
+
+#[test]
+fn with_statistics_experts_come_and_go_without_the_texts_of_others() {
+    for head in ["", "shared: base\nrepair: false\n", "shared: average\n"] {
+        let dir = directory("abc");
+        let dir = dir.path();
+        fitted(dir, head);
+        done(dir, &["compose", "fitted.yml", "out", "--keep-stats", "--shard-by", "expert"]);
+        let out = dir.join("out");
+        let (before, old) = (weights(&out), files(&out));
+        assert_eq!(before.len(), 3 + 2, "{:?}", before.keys());
+        ["a", "b", "c"].iter().for_each(|name| fs_err::remove_file(dir.join(format!("{name}.txt"))).unwrap());
+
+        done(dir, &["add-expert", "out", "d", "--text-file", "d.txt"]);
+        let four = weights(&out);
+        assert_eq!(changed(&before, &four), ["model-expert-003.safetensors", "model-gates.safetensors"], "{head}");
+        let verified: Value = serde_json::from_str(&done(dir, &["verify", "out", "--json"])).unwrap();
+        assert_eq!((&verified["differences"], &verified["absent"]), (&json!([]), &json!([])), "{head}");
+        done(dir, &["run", "out", "w5 w6", "--max-tokens", "2"]);
+
+        done(dir, &["remove-expert", "out", "d"]);
+        let again = files(&out);
+        let differ = changed(&old, &again);
+        // The recipe is not kept to the letter, and the card has it; the manifest knows how the gates came about this time.
+        assert!(
+            differ.iter().all(|name| ["README.md", "upcycle_recipe.yml", "upcycle_manifest.json"].contains(&name.as_str())),
+            "{differ:?}"
+        );
+        assert_eq!(changed(&before, &weights(&out)), ["model-gates.safetensors"], "the others were not even written");
+
+        // In the middle: what was behind it moves up.
+        done(dir, &["remove-expert", "out", "b"]);
+        done(dir, &["add-expert", "out", "d", "--text-file", "d.txt"]);
+        let moved = weights(&out);
+        let expert = |e: usize| format!("model-expert-{e:03}.safetensors");
+        assert_eq!(moved[&expert(0)], before[&expert(0)]);
+        assert_eq!(moved[&expert(2)].1.len(), four[&expert(3)].1.len());
+        done(dir, &["verify", "out"]);
+    }
+}
+
+#[test]
+fn an_expert_replaced_by_itself_changes_nothing() {
+    let dir = directory("abc");
+    let dir = dir.path();
+    fitted(dir, "shared: base\nrepair: false\n");
+    done(dir, &["compose", "fitted.yml", "out", "--keep-stats", SHARDS[0], SHARDS[1]]);
+    let out = dir.join("out");
+    let (before, old) = (weights(&out), files(&out));
+    assert!(before.len() > 3);
+    done(dir, &["replace-expert", "out", "b", "b", "--text-file", "b.txt", SHARDS[0], SHARDS[1]]);
+    let differ = changed(&old, &files(&out));
+    assert!(differ.iter().all(|name| ["README.md", "upcycle_recipe.yml", "upcycle_manifest.json"].contains(&name.as_str())), "{differ:?}");
+    done(dir, &["replace-expert", "out", "b", "d", "--text-file", "d.txt", SHARDS[0], SHARDS[1]]);
+    assert!(!changed(&before, &weights(&out)).is_empty());
+    done(dir, &["verify", "out"]);
+    // Written anew without statistics there are none to be taken for its own.
+    done(dir, &["compose", "fitted.yml", "out", "--overwrite"]);
+    assert!(!out.join("upcycle.stats").exists());
+}
+
+#[test]
+fn statistics_of_another_composite_are_refused() {
+    let dir = directory("abc");
+    let dir = dir.path();
+    fitted(dir, "shared: base\n");
+    done(dir, &["compose", "fitted.yml", "out", "--keep-stats"]);
+    fitted(dir, "shared: average\n");
+    done(dir, &["compose", "fitted.yml", "other", "--keep-stats"]);
+    fs_err::copy(dir.join("other/upcycle.stats"), dir.join("out/upcycle.stats")).unwrap();
+    let before = files(&dir.join("out"));
+    let (_, stderr) = fails(dir, &["add-expert", "out", "d", "--text-file", "d.txt"]);
+    assert!(stderr.contains("do not belong together"), "{stderr}");
+    assert!(files(&dir.join("out")) == before);
+    let (_, stderr) = fails(dir, &["compose", "recipe.yml", "new", "--keep-stats"]);
+    assert!(stderr.contains("`gate_mode: hidden` is not fitted"), "{stderr}");
 }
 
 #[test]

@@ -9,7 +9,9 @@ use anyhow::anyhow;
 use clap::{ArgAction, error::ErrorKind};
 use indicatif::{HumanBytes, HumanDuration};
 use upcycle::{
+    calibrate::stats::Stats,
     engine::device::DeviceChoice,
+    plan::Composite,
     recipe::Recipe,
     write::{self, WriteError},
 };
@@ -27,6 +29,12 @@ pub(crate) struct Args {
     /// Most bytes of one shard, with suffix K, M, G or B
     #[arg(long, value_name = "SIZE", default_value = "5B", value_parser = size)]
     out_shard_size: u64,
+    /// Write a file for each expert, one for the gates, and one for what is shared
+    #[arg(long, value_enum, value_name = "WHAT", conflicts_with = "out_shard_size")]
+    shard_by: Option<ShardBy>,
+    /// Keep what the routers see in upcycle.stats, and fit the gates to that: experts then come and go without the others' texts
+    #[arg(long)]
+    keep_stats: bool,
     /// Write into a directory that is not empty
     #[arg(long)]
     overwrite: bool,
@@ -45,6 +53,13 @@ pub(crate) struct Args {
     device: DeviceArgs,
     #[command(flatten)]
     mergekit: Mergekit,
+}
+
+/// What is in one file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum ShardBy {
+    /// an expert
+    Expert,
 }
 
 /// Flags of mergekit-moe that need no counterpart, hidden from the help.
@@ -152,6 +167,7 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<()> {
     }
     let options = write::Options {
         shard_size: args.out_shard_size,
+        by_expert: args.shard_by == Some(ShardBy::Expert),
         overwrite: args.overwrite,
         tokenizer: !args.no_copy_tokenizer,
         card: !args.no_write_model_card,
@@ -160,30 +176,41 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<()> {
     };
     write::check_directory(&args.out, &options)?;
     args.device.set_threads()?;
-    let recipe = recipe::read(&args.recipe, &args.options)?;
-    if args.json {
-        compose(recipe, &args.out, &options, &args.options, &args.device, &ui::JsonProgress::default())
+    let mut recipe = recipe::read(&args.recipe, &args.options)?;
+    write::check_recipe(&recipe)?;
+    let (composite, stats) = if args.keep_stats {
+        let (composite, stats) = recipe::with_statistics(&mut recipe, &args.options, &args.device)?;
+        (composite, Some(stats))
     } else {
-        compose(recipe, &args.out, &options, &args.options, &args.device, &ui::WriteProgress::new())
+        (recipe::composite(&mut recipe, &args.options, &args.device)?, None)
+    };
+    if args.json {
+        write(&composite, stats.as_ref(), &recipe, (&args.out, &options), &ui::JsonProgress::default())
+    } else {
+        write(&composite, stats.as_ref(), &recipe, (&args.out, &options), &ui::WriteProgress::new())
     }
 }
 
-/// Composes a recipe into a directory, and says so.
-pub(crate) fn compose(
-    mut recipe: Recipe,
-    out: &Path,
-    options: &write::Options,
-    given: &recipe::Options,
-    device: &DeviceArgs,
+/// Writes a recipe's composite into a directory, with the statistics that its gates were fitted to, and says so.
+pub(crate) fn write(
+    composite: &Composite,
+    stats: Option<&Stats>,
+    recipe: &Recipe,
+    (out, options): (&Path, &write::Options),
     progress: &dyn write::Progress,
 ) -> anyhow::Result<()> {
     let start = Instant::now();
-    write::check_recipe(&recipe)?;
-    let composite = recipe::composite(&mut recipe, given, device)?;
-    let written = write::write(&composite, &recipe, out, options, progress).map_err(|error| match error {
+    let written = write::write(composite, recipe, out, options, progress).map_err(|error| match error {
         WriteError::Io(_) => anyhow!(error).context(format!("{} is unfinished; the same command goes on from there", out.display())),
         other => other.into(),
     })?;
+    let kept = out.join(write::STATS);
+    match stats {
+        Some(stats) => stats.write(&kept)?,
+        // What an earlier composite left tells nothing of this one.
+        None if kept.exists() => fs_err::remove_file(&kept)?,
+        None => {}
+    }
     let bytes: u64 = written.shards.iter().map(|(_, bytes)| bytes).sum();
     tracing::info!("wrote {} to {} in {}", HumanBytes(bytes), out.display(), HumanDuration(start.elapsed()));
     ui::hint(format!("upcycle serve {}", out.display()));

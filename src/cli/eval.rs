@@ -1,6 +1,10 @@
 //! `upcycle eval`: how well models predict texts of several domains, and a recipe beside everything that it competes with.
 
-use std::{path::Path, sync::Mutex, time::Instant};
+use std::{
+    path::{Path, PathBuf},
+    sync::Mutex,
+    time::Instant,
+};
 
 use anstream::{print, println};
 use anyhow::Context as _;
@@ -16,6 +20,7 @@ use upcycle::{
     plan::{self, Composite},
     recipe::{Recipe, Shared},
     source::Source,
+    write,
 };
 use upcycle_architectures::{Dtype, decoder::Decoder};
 use upcycle_routers::init::{self, Runtime};
@@ -38,6 +43,9 @@ pub(crate) struct Args {
     /// Print JSON
     #[arg(long)]
     json: bool,
+    /// Put the table on the card of the composite in this directory, too
+    #[arg(long, value_name = "DIR")]
+    write_card: Option<PathBuf>,
     #[command(flatten)]
     options: recipe::Options,
     #[command(flatten)]
@@ -95,6 +103,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         if count < args.texts.windows as usize {
             report.notes.push(format!("`{name}` has text for {count} windows of {} tokens, not {}", args.texts.window, args.texts.windows));
         }
+    }
+    if let Some(composite) = &args.write_card {
+        write::evaluated(composite, &report.markdown())?;
     }
     if args.json {
         let mut json = report.json();

@@ -3,19 +3,24 @@
 use std::{path::Path, sync::Arc};
 
 use anyhow::bail;
+use candle_core::Device;
 use clap::builder::{PossibleValue, PossibleValuesParser};
 use upcycle::{
-    calibrate::{self, text::TextOptions},
+    calibrate::{
+        self,
+        stats::{Routing, Stats},
+        text::{Corpus, TextOptions},
+    },
     plan::{self, Composite, Gates, Part, Plan, Sources},
     recipe::{self, ModelRef, Recipe},
     source::{self, Source},
 };
-use upcycle_architectures::decoder::Decoder;
+use upcycle_architectures::decoder::{Decoder, DecoderError};
 use upcycle_routers::init::Runtime;
 
 use super::{
     model::{DeviceArgs, Precision},
-    ui,
+    stats, ui,
 };
 
 /// The check that the writer makes.
@@ -86,6 +91,23 @@ pub(crate) fn plan(recipe: &mut Recipe, sources: &Sources, options: &Options) ->
 
 /// Recipe to composite: opens, plans, sets the gates, and fits what the recipe asks for. Nothing is written but the cache.
 pub(crate) fn composite(recipe: &mut Recipe, options: &Options, device: &DeviceArgs) -> anyhow::Result<Composite> {
+    Ok(composed(recipe, options, device)?.0)
+}
+
+/// The same with gates that are fitted to statistics of what its routers see, with an expert forced upon each text, and those statistics.
+pub(crate) fn with_statistics(recipe: &mut Recipe, options: &Options, device: &DeviceArgs) -> anyhow::Result<(Composite, Stats)> {
+    if !recipe.fitted() {
+        bail!("`gate_mode: {}` is not fitted: there are no statistics to keep", recipe.gate_mode.name);
+    }
+    let (composite, corpus) = composed(recipe, options, device)?;
+    let names = calibrate::names(&recipe.experts.iter().collect::<Vec<_>>());
+    let texts: Vec<_> = corpus.into_iter().flat_map(|corpus| corpus.experts).enumerate().collect();
+    let stats = stats::gather(&composite, &names, &texts, (Routing::Forced, stats::KEEP), device)?;
+    Ok((composite.gated(stats::gates(&stats, recipe.gate_mode)?), stats))
+}
+
+/// A recipe's composite, and the text that it is fitted to if it is.
+fn composed(recipe: &mut Recipe, options: &Options, device: &DeviceArgs) -> anyhow::Result<(Composite, Option<Corpus>)> {
     if recipe.gate_mode.runtime() == Some(Runtime::Sequence) {
         bail!(
             "`gate_mode: sequence` makes no composite, since {}; `upcycle serve`, `chat`, `run`, `eval` and `inspect` take it",
@@ -95,23 +117,17 @@ pub(crate) fn composite(recipe: &mut Recipe, options: &Options, device: &DeviceA
     let sources = open(recipe)?;
     let mut plan = plan(recipe, &sources, options)?;
     let place = device.open()?;
-    let decoder = |source: &Source| {
-        Decoder::load(source.family, &source.config, &*source.weights, device.dtype(Precision::Fast, &place, &source.config), &place)
-    };
     if recipe.gate_mode.runtime() == Some(Runtime::Subspace) {
         let gates = calibrate::subspace(recipe, &sources)?;
-        return Ok(plan::composite(plan, sources, gates, None));
+        return Ok((plan::composite(plan, sources, gates, None), None));
     }
     if !recipe.fitted() {
-        let calibrated = calibrate::gates(recipe, sources.base(), || decoder(sources.base()))?;
+        let calibrated = calibrate::gates(recipe, sources.base(), || load(sources.base(), device, &place))?;
         calibrated.warnings.iter().for_each(ui::warn);
-        return Ok(plan::composite(plan, sources, calibrated.gates, None));
+        return Ok((plan::composite(plan, sources, calibrated.gates, None), None));
     }
-    let bar = ui::steps();
-    let cache = upcycle::env::cache();
-    let text = TextOptions { cache: Some(cache.clone()), ..TextOptions::default() };
-    let corpus = calibrate::text::corpus(recipe, &sources, &text, &decoder, &|doing| bar.set_message(doing.to_owned()))?;
-    corpus.warnings.iter().for_each(|warning| bar.suspend(|| ui::warn(warning)));
+    let corpus = corpus(recipe, &sources, device)?;
+    let (bar, cache) = (ui::steps(), upcycle::env::cache());
     let fitted = calibrate::fit(recipe, &plan, &sources, &corpus, &place, &cache, &|done, layers| {
         bar.set_length(layers as u64);
         bar.set_position(done as u64);
@@ -127,7 +143,24 @@ pub(crate) fn composite(recipe: &mut Recipe, options: &Options, device: &DeviceA
         recipe.experts_per_token = top_k;
         plan = plan::plan(recipe, &sources, &options.allow)?;
     }
-    Ok(plan::composite(plan, sources, gates, Some(Arc::new(fitted))))
+    Ok((plan::composite(plan, sources, gates, Some(Arc::new(fitted))), Some(corpus)))
+}
+
+/// The text of a recipe's experts; what they write themselves is kept in the cache.
+pub(crate) fn corpus(recipe: &Recipe, sources: &Sources, device: &DeviceArgs) -> anyhow::Result<Corpus> {
+    let place = device.open()?;
+    let decoder = |source: &Source| load(source, device, &place);
+    let options = TextOptions { cache: Some(upcycle::env::cache()), ..TextOptions::default() };
+    let bar = ui::steps();
+    let corpus = calibrate::text::corpus(recipe, sources, &options, &decoder, &|doing| bar.set_message(doing.to_owned()))?;
+    corpus.warnings.iter().for_each(|warning| bar.suspend(|| ui::warn(warning)));
+    bar.finish_and_clear();
+    Ok(corpus)
+}
+
+/// A source's own model, to be run.
+fn load(source: &Source, device: &DeviceArgs, place: &Device) -> Result<Decoder, DecoderError> {
+    Decoder::load(source.family, &source.config, &*source.weights, device.dtype(Precision::Fast, place, &source.config), place)
 }
 
 /// Opens and checks the models of a recipe whose experts answer whole sequences; warnings go to stderr.

@@ -12,15 +12,20 @@ use upcycle::{
         text::{self, Sequence, TextOptions},
     },
     engine::device::DtypeChoice,
+    plan::{Composite, Gates},
     source::Source,
 };
 use upcycle_architectures::decoder::Decoder;
+use upcycle_routers::init::Method;
 
 use super::{
     composite::{self, Given},
     model::{DeviceArgs, Precision},
     recipe, texts, ui,
 };
+
+/// Tokens of each expert that are kept.
+pub(crate) const KEEP: u32 = 2048;
 
 /// Arguments of `stats`.
 #[derive(Debug, clap::Args)]
@@ -38,7 +43,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", default_value_t = 8192, value_parser = clap::value_parser!(u32).range(1..))]
     tokens: u32,
     /// Tokens of each expert that are kept, drawn from those that were read
-    #[arg(long, value_name = "N", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = KEEP, value_parser = clap::value_parser!(u32).range(1..))]
     keep: u32,
     /// Let the composite's own gates route, rather than force each text's expert: gates come out better, but what is gathered counts only as
     /// long as no expert changes
@@ -99,36 +104,60 @@ pub(crate) fn merged(files: &[PathBuf]) -> Result<Stats, StatsError> {
 fn gathered(model: &str, args: &Args) -> anyhow::Result<Stats> {
     let dense = || StatsError::Dense { model: model.to_owned() };
     let given = composite::open(model, &args.options, &args.device)?.ok_or_else(dense)?;
-    let plan = &given.composite.plan;
-    let moe = plan.config.moe.as_ref().ok_or_else(dense)?;
+    if given.composite.plan.config.moe.is_none() {
+        return Err(dense().into());
+    }
     let corpus = corpus(&given, args)?;
-    let fingerprint = Fingerprint::of(plan.family(), &plan.config, &given.composite)?;
     let routing = if args.own_routing { Routing::Own } else { Routing::Forced };
+    gather(&given.composite, &given.experts, &corpus, (routing, args.keep), &args.device)
+}
+
+/// Statistics of a composite, whose experts are called so, from texts of some of them; of each at most about so many tokens are kept.
+pub(crate) fn gather(
+    composite: &Composite,
+    names: &[String],
+    corpus: &[(usize, Vec<Sequence>)],
+    (routing, keep): (Routing, u32),
+    device: &DeviceArgs,
+) -> anyhow::Result<Stats> {
+    let plan = &composite.plan;
+    let fingerprint = Fingerprint::of(plan.family(), &plan.config, composite)?;
     let mut stats = Stats {
         routing,
         composite: fingerprint.of_routing(routing),
-        layers: moe.sparse.iter().filter(|sparse| **sparse).count(),
+        layers: plan.config.moe.iter().flat_map(|moe| &moe.sparse).filter(|sparse| **sparse).count(),
         hidden: plan.config.hidden,
         experts: Vec::new(),
     };
-    let device = args.device.open()?;
-    let dtype = match args.device.dtype {
+    if corpus.is_empty() {
+        return Ok(stats);
+    }
+    let place = device.open()?;
+    let dtype = match device.dtype {
         DtypeChoice::Auto => DType::F32,
         DtypeChoice::Exactly(dtype) => dtype,
     };
-    let decoder = Decoder::load(plan.family(), &plan.config, &given.composite, dtype, &device)?;
+    let decoder = Decoder::load(plan.family(), &plan.config, composite, dtype, &place)?;
     let bar = ui::steps();
     for (e, sequences) in corpus {
-        let expert = ExpertId { name: given.experts[e].clone(), weights: fingerprint.experts[e].clone() };
-        let forced = (routing == Routing::Forced).then_some(e);
+        let expert = ExpertId { name: names[*e].clone(), weights: fingerprint.experts[*e].clone() };
+        let forced = (routing == Routing::Forced).then_some(*e);
         bar.set_message(expert.name.clone());
         bar.set_length(sequences.iter().map(|sequence| sequence.tokens.len() as u64).sum());
-        stats
-            .experts
-            .push(stats::gather(&decoder, (expert, forced), &sequences, args.keep as usize, &|done| bar.set_position(done as u64))?);
+        stats.experts.push(stats::gather(&decoder, (expert, forced), sequences, keep as usize, &|done| bar.set_position(done as u64))?);
     }
     bar.finish_and_clear();
     Ok(stats)
+}
+
+/// The gates of a composite all of whose layers are sparse, fitted to statistics of its experts, in their order.
+pub(crate) fn gates(stats: &Stats, method: &Method) -> anyhow::Result<Gates> {
+    let order: Vec<usize> = (0..stats.experts.len()).collect();
+    let bar = ui::steps();
+    bar.set_length(stats.layers as u64);
+    let fitted = stats.gates(&order, method.candidates(), &|done| bar.set_position(done as u64))?;
+    bar.finish_and_clear();
+    Ok(Gates { routed: fitted.into_iter().map(|fitted| fitted.gate).collect(), shared: Vec::new() })
 }
 
 /// The texts, each with its expert: those of the command line, or else the recipe's.

@@ -24,6 +24,8 @@ pub struct Composite {
     pub plan: Arc<Plan>,
     /// The models it reads.
     pub sources: Arc<Sources>,
+    /// The source that is an earlier state of this composite on disk, which it may be written over.
+    pub(crate) earlier: Option<usize>,
     gates: Arc<Gates>,
     fitted: Option<Arc<dyn Weights>>,
     tuned: Arc<BTreeMap<String, View>>,
@@ -34,7 +36,16 @@ pub struct Composite {
 impl Composite {
     pub(super) fn new(plan: Arc<Plan>, sources: Arc<Sources>, gates: Gates, fitted: Option<Arc<dyn Weights>>) -> Self {
         let index = plan.tensors.iter().enumerate().map(|(i, tensor)| (tensor.name.clone(), i)).collect();
-        Self { seed: plan.seed, plan, sources, gates: Arc::new(gates), fitted, tuned: Arc::default(), index: Arc::new(index) }
+        Self {
+            seed: plan.seed,
+            plan,
+            sources,
+            earlier: None,
+            gates: Arc::new(gates),
+            fitted,
+            tuned: Arc::default(),
+            index: Arc::new(index),
+        }
     }
 
     /// The same with these tensors, of the same types and shapes, in place of its own; names that it does not have are left out.
@@ -47,6 +58,17 @@ impl Composite {
             }
         }
         Self { plan: Arc::new(plan), tuned: Arc::new(tensors), ..self.clone() }
+    }
+
+    /// The same as a change of what that source is an earlier state of.
+    pub(super) fn over(self, earlier: usize) -> Self {
+        Self { earlier: Some(earlier), ..self }
+    }
+
+    /// The same with these gates.
+    #[must_use]
+    pub fn gated(&self, gates: Gates) -> Self {
+        Self { gates: Arc::new(gates), ..self.clone() }
     }
 
     /// Of everything that decides the tensors' bytes: the plan, the gates, and which files the sources were when they were opened.

@@ -3,6 +3,7 @@
 //! Planning reads headers and configs only. Whatever cannot be composed is found here, before a weight is read; what a plan says is all that
 //! [`Composite`] and the writer act on. Symbols: L layers, E experts, D hidden, F ffn, V vocabulary.
 
+mod change;
 mod check;
 mod composite;
 mod sequence;
@@ -19,6 +20,7 @@ use upcycle_routers::{
     init::{DEFAULT_SEED, Runtime, subspace},
 };
 
+pub use change::changed;
 pub use composite::Composite;
 pub(crate) use composite::hex;
 pub use sequence::{Sequence, sequence};

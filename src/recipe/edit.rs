@@ -39,8 +39,7 @@ pub enum EditError {
 
 /// The recipe's text with the change.
 pub fn edit(text: &str, change: &Change) -> Result<String, EditError> {
-    let yaml = |error: &dyn std::fmt::Display| EditError::Yaml(error.to_string());
-    let mut recipe: Map<String, Value> = serde_saphyr::from_str_with_options(text, super::yaml::options()).map_err(|error| yaml(&error))?;
+    let mut recipe = read(text)?;
     let Some(Value::Array(experts)) = recipe.get_mut("experts") else { return Err(EditError::Yaml("it has no list of `experts`".into())) };
     match change {
         Change::Add(new) => experts.push(described(Map::new(), new)),
@@ -51,15 +50,36 @@ pub fn edit(text: &str, change: &Change) -> Result<String, EditError> {
         Change::Remove(e) if *e < experts.len() => drop(experts.remove(*e)),
         Change::Remove(e) => return Err(EditError::NoExpert(*e)),
     }
-    serde_saphyr::to_string(&recipe).map_err(|error| yaml(&error))
+    write(&recipe)
 }
+
+/// The recipe's text with a word in place of what it says of the texts of experts, but for one of them: they need not be there any more.
+pub fn without_texts(text: &str, but: Option<usize>) -> Result<String, EditError> {
+    let mut recipe = read(text)?;
+    for (e, expert) in recipe.get_mut("experts").and_then(Value::as_array_mut).into_iter().flatten().enumerate() {
+        if let Some(expert) = expert.as_object_mut().filter(|_| Some(e) != but) {
+            TEXTS.iter().for_each(|key| drop(expert.shift_remove(*key)));
+            expert.insert("positive_prompts".into(), json!([format!("what expert {e} is for")]));
+        }
+    }
+    write(&recipe)
+}
+
+fn read(text: &str) -> Result<Map<String, Value>, EditError> {
+    serde_saphyr::from_str_with_options(text, super::yaml::options()).map_err(|error| EditError::Yaml(error.to_string()))
+}
+
+fn write(recipe: &Map<String, Value>) -> Result<String, EditError> {
+    serde_saphyr::to_string(recipe).map_err(|error| EditError::Yaml(error.to_string()))
+}
+
+/// The keys of an expert that say what it is for.
+const TEXTS: [&str; 4] = ["positive_prompts", "negative_prompts", "prompts_file", "text_file"];
 
 fn described(mut expert: Map<String, Value>, new: &NewExpert) -> Value {
     expert.insert("source_model".into(), json!(new.source_model));
     if !new.positive_prompts.is_empty() || new.prompts_file.is_some() || new.text_file.is_some() {
-        for key in ["positive_prompts", "negative_prompts", "prompts_file", "text_file"] {
-            expert.shift_remove(key);
-        }
+        TEXTS.iter().for_each(|key| drop(expert.shift_remove(*key)));
     }
     if !new.positive_prompts.is_empty() {
         expert.insert("positive_prompts".into(), json!(new.positive_prompts));
@@ -74,7 +94,7 @@ fn described(mut expert: Map<String, Value>, new: &NewExpert) -> Value {
 
 #[cfg(test)]
 mod tests {
-    use super::{Change, NewExpert, edit};
+    use super::{Change, NewExpert, edit, without_texts};
     use crate::recipe::parse;
 
     const RECIPE: &str = "base_model: base # the one\nexperts:\n  - source_model: a\n    positive_prompts: [\"x: y\", 'no']\n    residual_scale: 0.5\n  \
@@ -103,8 +123,12 @@ mod tests {
         assert_eq!(experts(&added), [a.clone(), b.clone(), c.clone()]);
         let replaced = edit(&added, &Change::Replace(0, new("d", &[]))).unwrap();
         assert_eq!(experts(&replaced), [("d".to_owned(), a.1, a.2), b.clone(), c.clone()]);
-        assert_eq!(experts(&edit(&added, &Change::Remove(0)).unwrap()), [b, c]);
+        assert_eq!(experts(&edit(&added, &Change::Remove(0)).unwrap()), [b, c.clone()]);
         assert!(edit(RECIPE, &Change::Remove(2)).is_err() && edit(RECIPE, &Change::Replace(2, new("x", &[]))).is_err());
+        assert_eq!(
+            experts(&without_texts(&added, Some(2)).unwrap()),
+            [("a".into(), vec!["what expert 0 is for".into()], Some(0.5)), ("b".into(), vec!["what expert 1 is for".into()], None), c]
+        );
         assert!(edit("[1, 2]", &Change::Remove(0)).is_err() && edit("a: 1", &Change::Remove(0)).is_err());
     }
 }

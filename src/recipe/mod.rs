@@ -18,7 +18,7 @@ use upcycle_architectures::Dtype;
 use upcycle_routers::init::{Method, Needs};
 
 pub use self::{
-    edit::{Change, EditError, NewExpert, edit},
+    edit::{Change, EditError, NewExpert, edit, without_texts},
     lints::{LINTS, Level, Lint},
     model_ref::{ModelRef, ModelRefError},
     problem::{Problem, Severity},

@@ -56,6 +56,20 @@ pub(super) fn render(composite: &Composite, recipe: &Recipe) -> String {
     text
 }
 
+/// Around what `upcycle eval` adds to a card.
+const EVALUATION: [&str; 2] = ["<!-- upcycle eval -->", "<!-- end of upcycle eval -->"];
+
+/// The card with this evaluation, in place of an earlier one or at its end.
+pub(super) fn evaluated(card: &str, table: &str) -> String {
+    let [begin, end] = EVALUATION;
+    let section = format!("{begin}\n## Evaluation\n\n{}\n{end}", table.trim());
+    let earlier = card.find(begin).zip(card.find(end)).filter(|(from, to)| from < to);
+    match earlier {
+        Some((from, to)) => format!("{}{section}{}", &card[..from], &card[to + end.len()..]),
+        None => format!("{}\n\n{section}\n", card.trim_end()),
+    }
+}
+
 /// How well the gates tell the experts apart, by their weights alone.
 fn gates(composite: &Composite, recipe: &Recipe) -> String {
     let layers = diagnose::diagnose(&composite.gates().routed);
@@ -78,4 +92,17 @@ fn hub_name(path: &str) -> bool {
         |part: &str| !part.is_empty() && !part.starts_with('.') && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
     matches!(path.split('/').collect::<Vec<_>>().as_slice(), [owner, name] if plain(owner) && plain(name))
         && !std::path::Path::new(path).exists()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::evaluated;
+
+    #[test]
+    fn an_evaluation_takes_the_place_of_an_earlier_one() {
+        let once = evaluated("# Card\n\n## Recipe\n\n```yaml\na: b\n```\n", "| a |\n");
+        assert!(once.starts_with("# Card") && once.contains("## Evaluation\n\n| a |\n"), "{once}");
+        let more = once.clone() + "\nWritten by hand.\n";
+        assert_eq!(evaluated(&more, "| b |"), more.replace("| a |", "| b |"));
+    }
 }

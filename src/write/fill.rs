@@ -45,7 +45,7 @@ pub(super) struct Job {
 pub(super) fn jobs(composite: &Composite, number: usize, shard: &Shard) -> Vec<Job> {
     let mut jobs = Vec::new();
     let mut at = shard.header.len() as u64;
-    for tensor in shard.tensors.clone() {
+    for &tensor in &shard.tensors {
         let planned = &composite.plan.tensors[tensor];
         let (all, size) = (composite.elements(tensor), planned.info.dtype.bytes(1));
         for part in 0..planned.parts.len() {

@@ -3,7 +3,11 @@
 //! It depends on recipe and sources alone, like the weights. `verify` holds a directory against it, and a shard whose key it still has
 //! need not be written again.
 
-use std::{collections::BTreeMap, io::ErrorKind, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::ErrorKind,
+    path::Path,
+};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -20,6 +24,9 @@ pub const MANIFEST: &str = "upcycle_manifest.json";
 pub(super) struct Manifest {
     /// The version that wrote it.
     pub(super) upcycle: String,
+    /// Of the recipe beside it: SHA-256.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) recipe: Option<String>,
     /// Of everything drawn.
     pub(super) seed: u64,
     /// The models, as the recipe names them; parts name them by their place here.
@@ -71,10 +78,11 @@ impl Manifest {
         };
         Self {
             upcycle: env!("CARGO_PKG_VERSION").to_owned(),
+            recipe: None,
             seed: composite.plan.seed,
             sources: composite.sources.all.iter().map(|source| source.reference.to_string()).collect(),
             shards: shards.iter().zip(keys).map(|(s, key)| (s.file.clone(), ShardEntry { bytes: s.bytes(), key: key.clone() })).collect(),
-            tensors: shards.iter().flat_map(|shard| shard.tensors.clone().map(|t| tensor(t, shard))).collect(),
+            tensors: shards.iter().flat_map(|shard| shard.tensors.iter().map(|&t| tensor(t, shard))).collect(),
         }
     }
 
@@ -102,9 +110,12 @@ impl Manifest {
         shards.iter().zip(keys).map(same).collect()
     }
 
-    /// Takes over what an earlier manifest says of the tensors in files that were kept.
+    /// Takes over what an earlier manifest says of files that were kept, and of the tensors in them.
     pub(super) fn keep<'a>(&mut self, earlier: &Self, files: impl Iterator<Item = &'a str>) {
         for file in files {
+            if let Some(entry) = earlier.shards.get(file) {
+                self.shards.insert(file.to_owned(), entry.clone());
+            }
             for (name, entry) in earlier.tensors.iter().filter(|(_, entry)| entry.file == file) {
                 if let Some(tensor) = self.tensors.get_mut(name) {
                     tensor.crc32.clone_from(&entry.crc32);
@@ -113,16 +124,76 @@ impl Manifest {
         }
     }
 
+    /// Takes over what an earlier manifest says of the origin of what is copied from the composite that it tells of, which is source `own`.
+    pub(super) fn inherit(&mut self, earlier: &Self, own: usize) {
+        let mut sources = earlier.sources.clone();
+        let mut numbers = BTreeMap::new();
+        for (number, name) in self.sources.iter().enumerate().filter(|(number, _)| *number != own) {
+            let known = sources.iter().position(|other| other == name);
+            numbers.insert(number, known.unwrap_or(sources.len()));
+            if known.is_none() {
+                sources.push(name.clone());
+            }
+        }
+        // What nobody knows the origin of was made for this composite, like what is fitted.
+        let origin = |tensor: &String| {
+            earlier.tensors.get(tensor).map_or_else(|| vec![Part::Fitted { tensor: tensor.clone() }], |entry| entry.parts.clone())
+        };
+        for entry in self.tensors.values_mut() {
+            entry.parts = entry.parts.drain(..).flat_map(|part| inherited(part, own, &numbers, &origin)).collect();
+        }
+        let used: BTreeSet<usize> = self.tensors.values().flat_map(|entry| &entry.parts).flat_map(Part::sources).collect();
+        let compact: BTreeMap<usize, usize> = used.iter().copied().zip(0..).collect();
+        for part in self.tensors.values_mut().flat_map(|entry| &mut entry.parts) {
+            part.renumber(&compact);
+        }
+        self.sources = used.into_iter().filter_map(|number| sources.get(number).cloned()).collect();
+    }
+
+    /// Which models a tensor's bytes are from.
+    pub(super) fn models(&self, tensor: &str) -> Vec<String> {
+        let parts = self.tensors.get(tensor).map_or(&[][..], |entry| &entry.parts);
+        parts.iter().flat_map(Part::sources).filter_map(|number| self.sources.get(number).cloned()).collect()
+    }
+
     /// Length of a tensor's bytes.
     pub(super) fn bytes(entry: &TensorEntry) -> Option<u64> {
         entry.shape.iter().try_fold(Dtype::parse(&entry.dtype)?.bytes(1) as u64, |bytes, dim| bytes.checked_mul(*dim as u64))
     }
 }
 
+/// Whether experts of the composite in a directory stand behind another norm than their own, as they do with `shared: fit`.
+pub fn folded(directory: &Path) -> Result<bool, WriteError> {
+    let manifest = Manifest::read(directory)?;
+    Ok(manifest.tensors.values().flat_map(|entry| &entry.parts).any(|part| matches!(part, Part::Tensor { fold: Some(_), .. })))
+}
+
+/// A part by the sources of the composite's manifest: `origin` says what the earlier one has of a tensor, `numbers` where other models are.
+fn inherited(mut part: Part, own: usize, numbers: &BTreeMap<usize, usize>, origin: &dyn Fn(&String) -> Vec<Part>) -> Vec<Part> {
+    match &mut part {
+        Part::Tensor { source, tensor, .. } if *source == own => return origin(tensor),
+        Part::Tensor { source, fold: Some(fold), tensor, .. } => {
+            *source = numbers.get(source).copied().unwrap_or(*source);
+            let norms = fold.shared.iter().flat_map(|(_, norm)| origin(norm));
+            let of = norms.map(|norm| match norm {
+                Part::Tensor { source, tensor, noise: None, scale: None, fold: None } => Some(vec![(source, tensor)]),
+                Part::Mean { of } => Some(of),
+                _ => None,
+            });
+            match of.collect::<Option<Vec<_>>>() {
+                Some(of) => fold.shared = of.concat(),
+                None => return vec![Part::Fitted { tensor: tensor.clone() }],
+            }
+        }
+        _ => drop(part.renumber(numbers)),
+    }
+    vec![part]
+}
+
 /// Of everything that decides a shard's bytes.
 pub(super) fn key(composite: &Composite, shard: &Shard, fingerprint: &str) -> String {
     let mut hash = Sha256::new();
     hash.update(&shard.header);
-    shard.tensors.clone().for_each(|tensor| hash.update(composite.key(tensor, fingerprint)));
+    shard.tensors.iter().for_each(|&tensor| hash.update(composite.key(tensor, fingerprint)));
     hex(&hash.finalize())
 }

@@ -14,7 +14,7 @@ mod verify;
 
 use std::{
     collections::BTreeMap,
-    io::{ErrorKind, Write as _},
+    io::{ErrorKind, Read as _, Write as _},
     path::{Path, PathBuf},
 };
 
@@ -29,13 +29,14 @@ use self::{
     state::{JobId, State},
 };
 pub use self::{
-    manifest::MANIFEST,
+    manifest::{MANIFEST, folded},
+    shard::is_by_expert,
     verify::{Verified, verify},
 };
 use crate::{
     plan::{self, Composite, Plan, Sources},
     recipe::Recipe,
-    source::{self, CONFIG, INDEX, Source},
+    source::{self, CONFIG, Extent, INDEX, Source},
 };
 
 /// How to write.
@@ -44,6 +45,8 @@ use crate::{
 pub struct Options {
     /// Most bytes of one shard; a bigger tensor gets a shard of its own.
     pub shard_size: u64,
+    /// Whether there is a shard for each expert instead, one for the gates, and one for the rest.
+    pub by_expert: bool,
     /// Whether a directory that holds something else may be written into.
     pub overwrite: bool,
     /// Whether the tokenizer's files come along.
@@ -58,7 +61,15 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { shard_size: 5_000_000_000, overwrite: false, tokenizer: true, card: true, allow_non_finite: false, checkpoint: 1 << 30 }
+        Self {
+            shard_size: 5_000_000_000,
+            by_expert: false,
+            overwrite: false,
+            tokenizer: true,
+            card: true,
+            allow_non_finite: false,
+            checkpoint: 1 << 30,
+        }
     }
 }
 
@@ -191,6 +202,8 @@ pub struct Papers<'a> {
 pub const CARD: &str = "README.md";
 /// The name of the recipe that a composite was made from.
 pub const RECIPE: &str = "upcycle_recipe.yml";
+/// The name of the statistics that a composite's gates were fitted to.
+pub const STATS: &str = "upcycle.stats";
 
 /// The papers of a recipe's composite.
 pub fn papers<'a>(composite: &'a Composite, recipe: &Recipe) -> Papers<'a> {
@@ -199,6 +212,12 @@ pub fn papers<'a>(composite: &'a Composite, recipe: &Recipe) -> Papers<'a> {
         tokenizer: recipe.tokenizer.as_ref().map_or(base, |reference| composite.sources.get(reference)),
         files: vec![(RECIPE, recipe.text.clone().into_bytes()), (CARD, card::render(composite, recipe).into_bytes())],
     }
+}
+
+/// Adds an evaluation, as markdown, to the card of the composite in a directory.
+pub fn evaluated(out: &Path, table: &str) -> Result<(), WriteError> {
+    let card = fs_err::read_to_string(out.join(CARD))?;
+    put(out, CARD, card::evaluated(&card, table).as_bytes())
 }
 
 /// Writes the recipe's composite into directory `out` (made if it is not there).
@@ -214,7 +233,7 @@ pub fn write(
 }
 
 /// Writes a composite with these papers into directory `out` (made if it is not there). An earlier composite in it stays whole until
-/// everything of the new one is on disk.
+/// everything of the new one is on disk; the new one may be made of it.
 pub fn write_with(
     composite: &Composite,
     papers: &Papers<'_>,
@@ -222,18 +241,26 @@ pub fn write_with(
     options: &Options,
     progress: &dyn Progress,
 ) -> Result<Written, WriteError> {
-    if let Some(source) = composite.sources.all.iter().find(|source| same_place(&source.location, out)) {
+    let others = composite.sources.all.iter().enumerate().filter(|(number, _)| composite.earlier != Some(*number));
+    if let Some((_, source)) = others.into_iter().find(|(_, source)| same_place(&source.location, out)) {
         return Err(WriteError::Source(source.location.clone()));
     }
-    let shards = shard::layout(composite, options.shard_size);
+    let earlier = match Manifest::read(out) {
+        Err(error) if composite.earlier.is_some() => return Err(error),
+        other => other.ok(),
+    };
+    let shards = shard::layout(composite, earlier.as_ref(), options);
     let fingerprint = composite.fingerprint();
     let keys: Vec<String> = shards.iter().map(|shard| manifest::key(composite, shard, &fingerprint)).collect();
-    let digest = plan::hex(&Sha256::digest(format!("{fingerprint} {}", options.shard_size)));
+    let digest = plan::hex(&Sha256::digest(format!("{fingerprint} {} {}", options.shard_size, options.by_expert)));
     let mut state = state::claim(out, &digest, options.overwrite, progress)?;
 
     let jobs: Vec<Vec<Job>> = shards.iter().enumerate().map(|(number, shard)| fill::jobs(composite, number, shard)).collect();
-    let earlier = Manifest::read(out).ok();
-    let kept = earlier.as_ref().map_or_else(|| vec![false; shards.len()], |manifest| manifest.kept(out, &shards, &keys));
+    let kept: Vec<bool> = match (&earlier, composite.earlier) {
+        (None, _) => vec![false; shards.len()],
+        (Some(manifest), None) => manifest.kept(out, &shards, &keys),
+        (Some(_), Some(_)) => shards.iter().map(|shard| untouched(composite, shard, out)).collect::<Result<_, _>>()?,
+    };
     let begun: Vec<bool> = (0..shards.len()).map(|number| begun(out, &shards[number], &jobs[number], &state)).collect();
     state.retain(|number| begun.get(number).is_some_and(|begun| *begun))?;
 
@@ -249,13 +276,33 @@ pub fn write_with(
 
     let crcs: BTreeMap<JobId, u32> = state.done.iter().map(|(id, crc)| (*id, *crc)).chain(filled).collect();
     let mut manifest = Manifest::of(composite, &shards, &keys, &jobs, &crcs);
+    manifest.recipe = papers.files.iter().find(|(name, _)| *name == RECIPE).map(|(_, bytes)| plan::hex(&Sha256::digest(bytes)));
     if let Some(earlier) = earlier {
+        if let Some(own) = composite.earlier {
+            manifest.inherit(&earlier, own);
+        }
         manifest.keep(&earlier, shards.iter().zip(&kept).filter(|(_, kept)| **kept).map(|(shard, _)| shard.file.as_str()));
     }
     commit(&Final { composite, papers, manifest: &manifest, options }, &shards, out)?;
     state.finish()?;
     sync_directory(out)?;
     Ok(Written { shards: shards.iter().map(|shard| (shard.file.clone(), shard.bytes())).collect(), found: total - missing })
+}
+
+/// Whether a file of the composite that is changed is, to the last byte, what this shard would be.
+fn untouched(composite: &Composite, shard: &Shard, out: &Path) -> std::io::Result<bool> {
+    let file = out.join(&shard.file);
+    let mut at = shard.header.len() as u64;
+    for &t in &shard.tensors {
+        let here = |extent: &Extent| extent.file.path() == file && extent.offset == at;
+        if composite.plan.tensors[t].parts.len() != 1 || !composite.copied(t, 0).is_some_and(here) {
+            return Ok(false);
+        }
+        at += composite.plan.tensors[t].info.bytes() as u64;
+    }
+    let mut header = vec![0; shard.header.len()];
+    fs_err::File::open(&file)?.read_exact(&mut header)?;
+    Ok(header == shard.header)
 }
 
 /// Whether what the journal says of a shard is true of a file: the partial one, or, where nothing is left to do, the one that was renamed.
@@ -312,7 +359,7 @@ fn commit(last: &Final<'_>, shards: &[Shard], out: &Path) -> Result<(), WriteErr
     if shards.len() > 1 {
         let map: BTreeMap<&str, &str> = shards
             .iter()
-            .flat_map(|shard| shard.tensors.clone().map(|t| (composite.plan.tensors[t].name.as_str(), shard.file.as_str())))
+            .flat_map(|shard| shard.tensors.iter().map(|&t| (composite.plan.tensors[t].name.as_str(), shard.file.as_str())))
             .collect();
         let index = json!({"metadata": {"total_size": composite.plan.bytes()}, "weight_map": map});
         put(out, INDEX, &pretty(&index))?;

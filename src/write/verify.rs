@@ -3,10 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use rayon::prelude::*;
+use sha2::{Digest as _, Sha256};
 use upcycle_architectures::{Dtype, TensorInfo};
 
 use super::{
-    Progress, WriteError,
+    Progress, RECIPE, WriteError,
     fill::ELEMENTS,
     manifest::{Manifest, TensorEntry},
 };
@@ -44,6 +45,11 @@ pub fn verify<E: std::fmt::Display>(
             Ok(meta) => found.differences.push(format!("{file} has {} bytes, written were {}", meta.len(), entry.bytes)),
             Err(error) => found.differences.push(error.to_string()),
         }
+    }
+    if let Some(recipe) = &manifest.recipe
+        && fs_err::read(out.join(RECIPE)).is_ok_and(|bytes| plan::hex(&Sha256::digest(bytes)) != *recipe)
+    {
+        found.differences.push(format!("{RECIPE} is not the recipe that was composed"));
     }
     let extents = written.extents.clone();
     for name in extents.keys().collect::<BTreeSet<_>>() {

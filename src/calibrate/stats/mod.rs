@@ -195,6 +195,19 @@ impl Stats {
             .collect()
     }
 
+    /// Puts statistics in place of those of the same expert, and of any that is called so.
+    pub fn replace(&mut self, domain: Domain) {
+        self.experts.retain(|old| old.expert.weights != domain.expert.weights && old.expert.name != domain.expert.name);
+        self.experts.push(domain);
+    }
+
+    /// Those of these experts alone, in their order and under their names.
+    pub fn of(&self, experts: &[ExpertId]) -> Result<Self, StatsError> {
+        let places = self.find(experts)?;
+        let domain = |(expert, at): (&ExpertId, usize)| Domain { expert: expert.clone(), ..self.experts[at].clone() };
+        Ok(Self { experts: experts.iter().zip(places).map(domain).collect(), composite: self.composite.clone(), ..*self })
+    }
+
     /// Fits the gates of all sparse layers: row e to what stands at `order[e]`. `done` is told of every layer. Takes memory for E moments of
     /// [D, D]: [`check`](Self::check) first that D is that of a model.
     pub fn gates(&self, order: &[usize], candidates: &[Candidate], done: &dyn Fn(usize)) -> Result<Vec<Fitted>, StatsError> {
