@@ -8,7 +8,7 @@ A round runs every command once, in an order drawn anew, so that neither a busy 
 one command leaves memory in always falls on the same one. Every run writes into an empty folder under WORKDIR, removed after it; the disk is synced between runs, outside
 the clock. `cp` copies what the first command wrote in an untimed warm-up, which also brings the sources into the page
 cache; with `--cold` the files under those folders (the sources) are dropped from it before every run. upcycle syncs what it writes before it exits, so that
-`cp + sync`, which does too, is what it compares with; mergekit does not. Wall time is until the process exits; CPU is
+`cp + sync`, which does too, is what it compares with; mergekit does not, so `sync` is run on what it wrote. Wall time is until the process exits; CPU is
 user + system; memory is the highest anonymous memory sampled, which leaves out the mapped pages of sources. Prints a
 markdown table (medians; range of the wall times; highest peak).
 """
@@ -16,10 +16,12 @@ import argparse, json, os, platform, random, shlex, shutil, statistics, subproce
 
 
 def anonymous(pid):
-    """MiB of a process's own memory; 0 when it has gone."""
+    """MiB of the own memory of a process and its children; 0 when it has gone."""
     try:
         with open(f"/proc/{pid}/status") as f:
-            return next((int(line.split()[1]) / 1024 for line in f if line.startswith("RssAnon")), 0)
+            own = next((int(line.split()[1]) / 1024 for line in f if line.startswith("RssAnon")), 0)
+        with open(f"/proc/{pid}/task/{pid}/children") as f:
+            return own + sum(anonymous(child) for child in f.read().split())
     except OSError:
         return 0
 
@@ -94,7 +96,8 @@ def main():
     commands = {}
     if a.upcycle: commands["upcycle compose"] = [a.upcycle, "compose", a.recipe, out]
     for label, binary in map(labelled, a.mergekit):
-        commands[label] = [binary, a.recipe, out, "--random-seed", str(a.seed)]
+        run = shlex.join([binary, a.recipe, out, "--random-seed", str(a.seed)])
+        commands[f"{label} + sync"] = ["sh", "-c", f"{run} && sync {shlex.quote(out)}/*"]
     for label, text in map(labelled, a.also):
         commands[label] = [w.format(recipe=a.recipe, out=out) for w in shlex.split(text)]
     if not commands: sys.exit("error: nothing to time; give --upcycle, --mergekit or --also")
