@@ -24,6 +24,8 @@ use crate::{plan::Composite, source::Extent};
 
 /// Bytes of a job, unless a part of a tensor is only to be had as a whole.
 const JOB: usize = 16 << 20;
+/// Jobs before it is due, the system is told to read what a job copies: a disk that is slow to answer has other work meanwhile.
+const AHEAD: usize = 8;
 /// Bytes that are copied at a time: two of them fit in a core's second-level cache.
 const BUFFER: usize = 256 << 10;
 /// Elements that are computed at a time.
@@ -116,7 +118,11 @@ pub(super) fn fill(
     rayon::broadcast(|_| {
         let mut buffer = vec![0; BUFFER];
         while lock(&failed).is_none() {
-            let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            let Some(job) = jobs.get(at) else { break };
+            if let Some(later) = jobs.get(at + AHEAD) {
+                announce(composite, later);
+            }
             if let Err(error) = work(&mut buffer, job) {
                 lock(&failed).get_or_insert(error);
             }
@@ -139,6 +145,21 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     // Nothing is left half done in these between lines that may panic.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+/// Has the system begin to read what a job copies, where it takes hints.
+#[cfg(target_os = "linux")]
+fn announce(composite: &Composite, job: &Job) {
+    if let Some(extent) = composite.copied(job.tensor, job.part)
+        && let Ok(source) = extent.file.open()
+    {
+        let at = extent.offset + composite.plan.tensors[job.tensor].info.dtype.bytes(job.elements.start) as u64;
+        // What is wrong with the file, reading it will say.
+        let _ = rustix::fs::fadvise(source.file(), at, job.bytes.try_into().ok(), rustix::fs::Advice::WillNeed);
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn announce(_: &Composite, _: &Job) {}
 
 /// Writes a job's bytes and gives their CRC-32.
 fn perform(
