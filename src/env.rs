@@ -7,19 +7,17 @@ use std::{env, ffi::OsString, path::PathBuf};
 
 use crate::source::Hub;
 
-/// Address that `serve` listens on; `--host` wins.
-pub const HOST: &str = "UPCYCLE_HOST";
-
-/// Port that `serve` listens on; `--port` wins.
-pub const PORT: &str = "UPCYCLE_PORT";
+/// The variable that gives an option of `serve`; the option wins.
+pub fn option(name: &str) -> String {
+    format!("UPCYCLE_{}", name.replace('-', "_").to_ascii_uppercase())
+}
 
 /// Directory of what can be made again: text that experts wrote, fits.
 pub const CACHE: &str = "UPCYCLE_CACHE";
 
 /// Name and meaning of each variable, for `doctor`.
 pub const VARIABLES: &[(&str, &str)] = &[
-    (HOST, "address that `serve` listens on, if there is no --host"),
-    (PORT, "port that `serve` listens on, if there is no --port"),
+    ("UPCYCLE_OPTION", "any option of `serve`, as UPCYCLE_MAX_BODY for --max-body"),
     (CACHE, "directory of what can be made again: text that experts wrote, fits"),
     ("HF_HUB_CACHE", "directory of the models fetched from the Hub"),
     ("HUGGINGFACE_HUB_CACHE", "older name of HF_HUB_CACHE"),

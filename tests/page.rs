@@ -296,10 +296,10 @@ fn errors_are_in_the_servers_words_and_a_key_is_asked_for() {
 
 #[test]
 fn a_page_before_its_model_waits_for_it() {
-    let server = Running::loading();
+    let server = Running::loading("base");
     let Some(mut page) = Page::new() else { return };
     page.open(&server.url());
     page.wait("document.querySelector('.welcome p').textContent === 'the model is being loaded'");
-    server.load("base");
+    server.open();
     page.wait(&format!("{READY} === 'base'"));
 }

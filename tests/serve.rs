@@ -1,13 +1,17 @@
 //! The server on a real socket: OpenAI's API whole and as a stream, its errors, and its life from loading to shutdown.
 #![cfg(feature = "serve")]
 
+mod command;
 mod experts;
+mod guard;
+mod metrics;
+mod models;
+mod ollama;
 
 use std::{
-    io::{BufRead as _, BufReader, Read as _, Write as _},
+    io::{Read as _, Write as _},
     net::{SocketAddr, TcpStream},
-    process::{Command, Stdio},
-    sync::Arc,
+    sync::{Arc, Mutex},
     thread::JoinHandle,
     time::{Duration, Instant},
 };
@@ -16,10 +20,10 @@ use serde_json::{Value, json};
 use tokio::{net::TcpListener, sync::oneshot};
 use upcycle::{
     engine::{Engine, Options, Request, Sampling, Text},
-    serve::{self, Model, Server},
+    serve::{self, Access, Entry, Residence, Server},
 };
 
-use crate::support::engines::{demo, engine, with_text};
+use crate::support::engines::{engine, with_text};
 
 /// A server on a free port; shut down when dropped.
 pub(crate) struct Running {
@@ -30,8 +34,9 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    pub(crate) fn loading() -> Self {
-        let server = Arc::new(Server::default());
+    /// One that listens, and has loaded nothing yet.
+    fn listening(access: Access, entries: Vec<Entry>, residence: Residence) -> Self {
+        let server = Arc::new(Server::new(access, entries, residence));
         let (shutdown, asked) = oneshot::channel::<()>();
         let (tell, address) = std::sync::mpsc::channel();
         let thread = std::thread::spawn({
@@ -51,12 +56,31 @@ impl Running {
     }
 
     pub(crate) fn start(options: Options) -> Self {
-        Self::over(engine("math", options))
+        Self::guarded(Access::default(), options)
     }
 
+    /// One whose bundled model is not there before it is [opened](Self::open).
+    pub(crate) fn loading(name: &'static str) -> Self {
+        Self::listening(Access::default(), vec![entry(name, Options::default())], Residence::default())
+    }
+
+    pub(crate) fn open(&self) {
+        self.server.open().unwrap();
+    }
+
+    fn guarded(access: Access, options: Options) -> Self {
+        let running = Self::listening(access, vec![entry("math", options)], Residence::default());
+        running.open();
+        running
+    }
+
+    /// Over an engine that is made already.
     fn over(engine: Engine) -> Self {
-        let running = Self::loading();
-        running.server.ready(Model { name: "math".into(), engine });
+        let engine = Mutex::new(Some(engine));
+        let load = move || engine.lock().unwrap().take().ok_or_else(|| "it was there once".to_owned());
+        let entry = Entry { name: "math".into(), place: "math".into(), load: Box::new(load) };
+        let running = Self::listening(Access::default(), vec![entry], Residence::default());
+        running.open();
         running
     }
 
@@ -66,11 +90,6 @@ impl Running {
 
     pub(crate) fn url(&self) -> String {
         format!("http://{}/", self.address)
-    }
-
-    /// Hands over a bundled model.
-    pub(crate) fn load(&self, name: &str) {
-        self.server.ready(Model { name: name.into(), engine: engine(name, Options::default()) });
     }
 
     fn get(&self, path: &str) -> Answer {
@@ -100,6 +119,11 @@ impl Drop for Running {
     }
 }
 
+/// A bundled model under its own name.
+fn entry(name: &'static str, options: Options) -> Entry {
+    Entry { name: name.into(), place: name.into(), load: Box::new(move || Ok(engine(name, options))) }
+}
+
 fn merge(mut body: Value, extra: &Value) -> Value {
     for (key, value) in extra.as_object().unwrap() {
         body[key] = value.clone();
@@ -109,10 +133,20 @@ fn merge(mut body: Value, extra: &Value) -> Value {
 
 /// Sends a request with HTTP/1.0, so that the body comes as it is until the connection ends.
 fn send(address: SocketAddr, method: &str, path: &str, body: &[u8]) -> TcpStream {
-    let mut stream = TcpStream::connect(address).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-    write!(stream, "{method} {path} HTTP/1.0\r\nContent-Length: {}\r\n\r\n", body.len()).unwrap();
+    send_with(address, method, path, &[], body)
+}
+
+fn send_with(address: SocketAddr, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> TcpStream {
+    let mut stream = connect(address);
+    let headers: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+    write!(stream, "{method} {path} HTTP/1.0\r\nContent-Length: {}\r\n{headers}\r\n", body.len()).unwrap();
     stream.write_all(body).unwrap();
+    stream
+}
+
+fn connect(address: SocketAddr) -> TcpStream {
+    let stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     stream
 }
 
@@ -366,11 +400,11 @@ fn a_full_queue_says_when_to_come_again() {
 
 #[test]
 fn a_server_that_loads_says_so() {
-    let server = Running::loading();
+    let server = Running::loading("base");
     assert_eq!(server.get("/health").error(), (503, None, "the model is being loaded".into()));
     assert_eq!(server.complete(&json!({})).error().0, 503);
-    assert_eq!(server.get("/v1/models").ok()["data"], json!([]));
-    server.server.ready(Model { name: "base".into(), engine: engine("base", Options::default()) });
+    assert_eq!(server.get("/v1/models").ok()["data"][0]["status"], json!({"value": "unloaded"}));
+    server.open();
     assert_eq!(server.get("/health").status, 200);
 }
 
@@ -396,23 +430,4 @@ fn sampling_defaults_are_the_models_and_requests_override_them() {
     assert_ne!(text(&json!({})), text(&json!({})));
     assert_eq!(text(&json!({"temperature": 0})), text(&json!({"temperature": 0})));
     assert_eq!(text(&json!({"seed": 5})), text(&json!({"seed": 5})));
-}
-
-#[cfg(unix)]
-#[test]
-fn the_command_listens_on_a_free_port_and_ends_with_0_on_sigterm() {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_upcycle"))
-        .args(["serve", "--port", "0", "--alias", "m"])
-        .arg(demo("math"))
-        .env_remove("UPCYCLE_HOST")
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut stderr = BufReader::new(child.stderr.take().unwrap());
-    let mut line = String::new();
-    stderr.read_line(&mut line).unwrap();
-    let address = line.trim().strip_prefix("listening on http://").unwrap_or_else(|| panic!("{line}")).parse().unwrap();
-    assert_eq!(finish(send(address, "GET", "/v1/models/m", b"")).ok()["id"], "m");
-    assert!(Command::new("kill").arg(child.id().to_string()).status().unwrap().success());
-    assert_eq!(child.wait().unwrap().code(), Some(0));
 }

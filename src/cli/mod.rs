@@ -15,6 +15,8 @@ mod experts;
 mod gates;
 mod generation;
 mod inspect;
+#[cfg(feature = "serve")]
+mod layers;
 mod model;
 mod plan;
 mod quantize;
@@ -28,9 +30,11 @@ mod tune;
 mod ui;
 mod verify;
 
-use std::process::ExitCode;
+use std::{ffi::OsString, process::ExitCode};
 
-use clap::{Parser, Subcommand};
+use clap::{FromArgMatches as _, Parser, Subcommand};
+
+use self::ui::LogFormat;
 
 /// Compose fine-tunes of one base model into a Mixture-of-Experts, and serve it.
 #[derive(Debug, Parser)]
@@ -89,10 +93,31 @@ enum Command {
     Completions(completions::Args),
 }
 
+impl Command {
+    fn log_format(&self) -> LogFormat {
+        match self {
+            #[cfg(feature = "serve")]
+            Self::Serve(args) => args.log_format(),
+            _ => LogFormat::Text,
+        }
+    }
+}
+
+fn parse() -> anyhow::Result<Cli> {
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    let command = command();
+    #[cfg(feature = "serve")]
+    let command = layers::command(command, &arguments)?;
+    Ok(Cli::from_arg_matches(&command.get_matches_from(arguments))?)
+}
+
 /// Runs the command line; errors go to stderr as `error: ...`, causes below it.
 pub(crate) fn main() -> ExitCode {
-    let cli = Cli::parse();
-    ui::init(cli.verbose, cli.quiet);
+    let cli = match parse() {
+        Ok(cli) => cli,
+        Err(error) => return ui::report(&error),
+    };
+    ui::init(cli.verbose, cli.quiet, cli.command.log_format());
     let result = match cli.command {
         Command::Demo(args) => demo::run(&args),
         Command::Plan(args) => plan::run(&args),

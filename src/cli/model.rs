@@ -169,6 +169,15 @@ pub(crate) fn is_recipe(model: &str) -> bool {
     path.is_file() && path.extension().is_some_and(|end| end == "yml" || end == "yaml")
 }
 
+/// What a model is called, unless the user has another name for it.
+pub(crate) fn name(model: &str) -> String {
+    let path = Path::new(model);
+    if is_recipe(model) {
+        return title(path);
+    }
+    path.file_name().map_or_else(|| model.to_owned(), |name| name.to_string_lossy().into_owned())
+}
+
 /// Opens a model; a recipe is composed in memory.
 pub(crate) fn open(model: &str, options: &recipe::Options, device: &DeviceArgs) -> anyhow::Result<Loaded> {
     let path = Path::new(model);
@@ -182,9 +191,8 @@ pub(crate) fn open(model: &str, options: &recipe::Options, device: &DeviceArgs) 
         return Ok(composed(path, &recipe, composite));
     }
     let source = source::open(&model.parse()?, &ui::open_options(None))?;
-    let name = path.file_name().map_or_else(|| model.to_owned(), |name| name.to_string_lossy().into_owned());
     Ok(Loaded {
-        name,
+        name: name(model),
         names: composite::names(&source),
         family: source.family,
         config: source.config,

@@ -26,8 +26,21 @@ const HINT: Style = AnsiColor::Cyan.on_default().bold();
 /// Whether only errors are to be said.
 static QUIET: AtomicBool = AtomicBool::new(false);
 
+/// Whether everything that is said while a command runs is a line of JSON.
+static JSON: AtomicBool = AtomicBool::new(false);
+
+/// What the log looks like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum LogFormat {
+    /// for people
+    Text,
+    /// for programs: an object per line, with the time
+    Json,
+}
+
 /// Sets up logging to stderr: warnings by default, `-v` what is done, `-vv` how, `-q` errors alone. `RUST_LOG` overrides.
-pub(crate) fn init(verbose: u8, quiet: bool) {
+pub(crate) fn init(verbose: u8, quiet: bool, format: LogFormat) {
+    JSON.store(format == LogFormat::Json, Ordering::Relaxed);
     QUIET.store(quiet, Ordering::Relaxed);
     let level = match (quiet, verbose) {
         (true, _) => "error",
@@ -37,13 +50,11 @@ pub(crate) fn init(verbose: u8, quiet: bool) {
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
     let colour = AutoStream::choice(&std::io::stderr()) != ColorChoice::Never;
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(colour)
-        .without_time()
-        .with_target(false)
-        .init();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    match format {
+        LogFormat::Text => log.with_ansi(colour).without_time().init(),
+        LogFormat::Json => log.json().flatten_event(true).with_current_span(false).with_span_list(false).init(),
+    }
 }
 
 /// Prints an error with its causes and gives exit code 1. A closed pipe is success.
@@ -83,8 +94,22 @@ pub(crate) fn doubt(doubt: &Problem) {
     }
 }
 
+/// Prints what a long-running command has to say, whatever else is not to be said.
+#[cfg(feature = "serve")]
+pub(crate) fn say(message: impl std::fmt::Display) {
+    if JSON.load(Ordering::Relaxed) {
+        tracing::info!("{message}");
+    } else {
+        eprintln!("{message}");
+    }
+}
+
 /// Prints a warning, unless told to be quiet.
 pub(crate) fn warn(message: impl std::fmt::Display) {
+    if JSON.load(Ordering::Relaxed) {
+        tracing::warn!("{message}");
+        return;
+    }
     if QUIET.load(Ordering::Relaxed) {
         return;
     }

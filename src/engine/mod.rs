@@ -35,7 +35,7 @@ use upcycle_architectures::decoder::{LanguageModel, Memory as _};
 
 use self::{
     constraint::Vocabulary,
-    scheduler::{Desk, Job, Limits, Ticket},
+    scheduler::{Desk, Gauges, Job, Limits, Ticket},
     stops::Stops,
     tokenizer::TextStream,
 };
@@ -176,6 +176,21 @@ pub struct Finish {
     pub expert: Option<usize>,
 }
 
+/// How busy an engine is; as of its last pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Load {
+    /// sequences that are being answered
+    pub running: usize,
+    /// those that wait for that
+    pub waiting: usize,
+    /// sequences that may run together
+    pub parallel: usize,
+    /// bytes of keys and values, of finished sequences too
+    pub cache: usize,
+    /// bytes that they may have
+    pub cache_limit: usize,
+}
+
 /// Why a text ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FinishReason {
@@ -267,6 +282,9 @@ pub struct Engine {
     vocabulary: OnceLock<Result<Vocabulary, ConstraintError>>,
     inbox: Option<mpsc::Sender<Job>>,
     unfinished: Arc<AtomicUsize>,
+    gauges: Arc<Gauges>,
+    /// bytes of keys and values at most
+    cache: usize,
     draining: AtomicBool,
     abort: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -283,10 +301,10 @@ impl Engine {
         let (context, cache) = fit(&model, options.context.unwrap_or(usize::MAX), options.cache, parallel)?;
         let limits = Limits { parallel, chunk: options.chunk, cache, lookup: options.lookup };
         let (sender, inbox) = mpsc::channel();
-        let abort = Arc::new(AtomicBool::new(false));
+        let (abort, gauges) = (Arc::new(AtomicBool::new(false)), Arc::<Gauges>::default());
         let ends: BTreeSet<u32> = text.tokenizer.eos().iter().copied().chain(text.turn_end()).collect();
         let experts = model.choice().map(|choice| Arc::new(Experts::new(choice, text.experts.clone())));
-        let desk = Desk { limits, ends: ends.clone(), experts: experts.clone(), inbox, abort: abort.clone() };
+        let desk = Desk { limits, ends: ends.clone(), experts: experts.clone(), inbox, abort: abort.clone(), gauges: gauges.clone() };
         let thread = std::thread::Builder::new().name("engine".into()).spawn(move || scheduler::run(&model, &desk));
         Ok(Self {
             text,
@@ -298,6 +316,8 @@ impl Engine {
             vocabulary: OnceLock::new(),
             inbox: Some(sender),
             unfinished: Arc::default(),
+            gauges,
+            cache,
             draining: AtomicBool::new(false),
             abort,
             thread: Some(thread.map_err(EngineError::Thread)?),
@@ -327,6 +347,18 @@ impl Engine {
     /// Requests that run or wait.
     pub fn unfinished(&self) -> usize {
         self.unfinished.load(Ordering::Relaxed)
+    }
+
+    /// How busy it is.
+    pub fn load(&self) -> Load {
+        let (unfinished, running) = (self.unfinished(), self.gauges.running.load(Ordering::Relaxed));
+        Load {
+            running: running.min(unfinished),
+            waiting: unfinished.saturating_sub(running),
+            parallel: self.options.parallel,
+            cache: self.gauges.held.load(Ordering::Relaxed),
+            cache_limit: self.cache,
+        }
     }
 
     /// Whether new requests are taken.

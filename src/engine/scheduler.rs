@@ -76,6 +76,22 @@ impl Drop for Ticket {
     }
 }
 
+/// What is told of the scheduler while it runs.
+#[derive(Debug, Default)]
+pub(super) struct Gauges {
+    /// sequences in passes
+    pub(super) running: AtomicUsize,
+    /// bytes of caches
+    pub(super) held: AtomicUsize,
+}
+
+impl Gauges {
+    fn set(&self, running: usize, held: usize) {
+        self.running.store(running, Ordering::Relaxed);
+        self.held.store(held, Ordering::Relaxed);
+    }
+}
+
 /// A request that has been checked.
 #[derive(Debug)]
 pub(super) struct Job {
@@ -166,17 +182,19 @@ pub(super) struct Desk {
     pub(super) inbox: mpsc::Receiver<Job>,
     /// while it is set, nothing runs
     pub(super) abort: Arc<AtomicBool>,
+    pub(super) gauges: Arc<Gauges>,
 }
 
 /// Runs requests until the inbox is closed and all are finished.
 pub(super) fn run<M: LanguageModel>(model: &M, desk: &Desk) {
-    let Desk { limits, ends, inbox, abort, .. } = desk;
+    let Desk { limits, ends, inbox, abort, gauges, .. } = desk;
     let mut waiting: VecDeque<Sequence<M::Cache>> = VecDeque::new();
     let mut active: Vec<Sequence<M::Cache>> = Vec::new();
     let mut prefixes = Prefixes::new();
     let (mut pace, mut shortest_first) = (Pace(None), false);
     let new = |job: Job| Sequence::new(model.steered(job.steering.clone()), job, limits.lookup);
     loop {
+        gauges.set(active.len(), model.held());
         if active.is_empty() && waiting.is_empty() {
             match inbox.recv() {
                 Ok(job) => waiting.push_back(new(job)),
@@ -191,6 +209,7 @@ pub(super) fn run<M: LanguageModel>(model: &M, desk: &Desk) {
         waiting.retain(|sequence| !sequence.job.events.is_closed());
         active.retain(|sequence| !sequence.job.events.is_closed());
         admit(model, *limits, &mut waiting, &mut active, &mut prefixes);
+        gauges.set(active.len(), model.held());
         if active.is_empty() {
             continue;
         }

@@ -7,9 +7,9 @@ use std::{
 };
 
 use axum::{
-    Json,
+    Extension, Json,
     body::Bytes,
-    extract::{State, rejection::BytesRejection},
+    extract::State,
     http::StatusCode,
     response::{
         IntoResponse, Response,
@@ -17,16 +17,14 @@ use axum::{
     },
 };
 use serde_json::Value;
-use tokio::sync::mpsc::{self, Sender, UnboundedReceiver};
-use tokio_stream::{
-    StreamExt as _, StreamMap,
-    wrappers::{ReceiverStream, UnboundedReceiverStream},
-};
+use tokio::sync::mpsc::{self, Sender};
+use tokio_stream::{StreamExt as _, StreamMap, wrappers::ReceiverStream};
 
 use super::{
-    Server,
+    Server, blocking,
     calls::{Calls, Part},
     error::ApiError,
+    observe::{Account, Events},
     openai::{Body, Choice, Envelope, Kind, Prompt, Usage},
     told::Told,
     tools,
@@ -36,26 +34,24 @@ use crate::engine::{Event, FinishReason, Request};
 /// Chunks that wait for a slow client before its events wait in the engine's channel.
 const CHUNKS: usize = 16;
 
-pub(super) async fn chat(State(server): State<Arc<Server>>, body: Result<Bytes, BytesRejection>) -> Result<Response, ApiError> {
-    answer(server, body, Kind::Chat).await
+pub(super) async fn chat(server: State<Arc<Server>>, account: Extension<Arc<Account>>, body: Bytes) -> Result<Response, ApiError> {
+    answer(server.0, account.0, body, Kind::Chat).await
 }
 
-pub(super) async fn text(State(server): State<Arc<Server>>, body: Result<Bytes, BytesRejection>) -> Result<Response, ApiError> {
-    answer(server, body, Kind::Text).await
+pub(super) async fn text(server: State<Arc<Server>>, account: Extension<Arc<Account>>, body: Bytes) -> Result<Response, ApiError> {
+    answer(server.0, account.0, body, Kind::Text).await
 }
 
-async fn answer(server: Arc<Server>, body: Result<Bytes, BytesRejection>, kind: Kind) -> Result<Response, ApiError> {
-    let body = body.map_err(|rejection| ApiError::new(rejection.status(), rejection.body_text()))?;
+async fn answer(server: Arc<Server>, account: Arc<Account>, body: Bytes, kind: Kind) -> Result<Response, ApiError> {
     // Templates and tokenizers take their time on long prompts.
-    let taken = tokio::task::spawn_blocking(move || take(&server, &body, kind)).await;
-    let taken = taken.map_err(|error| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))??;
+    let taken = blocking(move || take(&server, &account, &body, kind)).await?;
     if taken.streams { Ok(stream(taken)) } else { whole(taken).await }
 }
 
 /// A request that the engine has taken: a channel for each choice.
-struct Taken {
+pub(super) struct Taken {
     envelope: Envelope,
-    choices: Vec<Running>,
+    pub(super) choices: Vec<Running>,
     /// choices of one prompt
     n: usize,
     streams: bool,
@@ -63,25 +59,24 @@ struct Taken {
 }
 
 /// A choice that is being generated.
-struct Running {
-    events: UnboundedReceiver<Event>,
+pub(super) struct Running {
+    pub(super) events: Events,
     /// reads calls out of its text, where there are tools
-    calls: Option<Calls>,
+    pub(super) calls: Option<Calls>,
     told: Told,
 }
 
 /// What a piece of text says.
-fn parts(calls: &mut Option<Calls>, text: String) -> Vec<Part> {
+pub(super) fn parts(calls: &mut Option<Calls>, text: String) -> Vec<Part> {
     match calls {
         Some(calls) => calls.push(&text),
         None => vec![Part::Text(text)],
     }
 }
 
-fn take(server: &Server, bytes: &[u8], kind: Kind) -> Result<Taken, ApiError> {
-    server.model()?;
+pub(super) fn take(server: &Server, account: &Arc<Account>, bytes: &[u8], kind: Kind) -> Result<Taken, ApiError> {
     let body = Body::parse(bytes)?;
-    let model = server.named(body.model.as_deref())?;
+    let model = server.model(body.model.as_deref())?;
     body.refuse_unsupported()?;
     let text = model.engine.text();
     let template = text.template.as_ref();
@@ -131,7 +126,7 @@ fn take(server: &Server, bytes: &[u8], kind: Kind) -> Result<Taken, ApiError> {
                 tell,
                 marks: marks.clone(),
             };
-            choices.push(Running { events: model.engine.submit(request)?, calls: calls(), told: told() });
+            choices.push(Running { events: server.submit(&model, request, account)?, calls: calls(), told: told() });
         }
     }
     let prefix = if kind == Kind::Chat { "chatcmpl" } else { "cmpl" };
@@ -151,7 +146,7 @@ async fn whole(taken: Taken) -> Result<Response, ApiError> {
     for (index, Running { mut events, mut calls, mut told }) in taken.choices.into_iter().enumerate() {
         let mut choice = Choice::default();
         let finish = loop {
-            match events.recv().await {
+            match events.next().await {
                 Some(Event::Tokens(tokens)) => told.tokens.extend(tokens),
                 Some(Event::Text(text)) => parts(&mut calls, text).into_iter().for_each(|part| choice.push(part)),
                 Some(Event::Done(finish)) => break finish,
@@ -194,7 +189,7 @@ async fn send_chunks(taken: Taken, chunks: &Sender<String>) -> Result<(), mpsc::
     let mut left = choices.len();
     let (events, mut writing): (Vec<_>, Vec<_>) =
         choices.into_iter().map(|running| (running.events, (running.calls, running.told))).unzip();
-    let mut events: StreamMap<_, _> = events.into_iter().map(UnboundedReceiverStream::new).enumerate().collect();
+    let mut events: StreamMap<_, _> = events.into_iter().enumerate().collect();
     while left > 0 {
         let event = tokio::select! {
             () = chunks.closed() => return Ok(()),

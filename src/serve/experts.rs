@@ -4,12 +4,12 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use axum::{
     Json,
-    extract::{Query, State},
+    extract::{Query, State, rejection::QueryRejection},
+    http::StatusCode,
 };
-use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{Server, error::ApiError};
+use super::{Server, Which, blocking, error::ApiError};
 use crate::engine::{Engine, EngineError, Experts, Steering, experts::LayerLoads};
 
 /// What a request wishes of experts.
@@ -101,14 +101,10 @@ fn find(experts: &Experts, field: &'static str, name: &str) -> Result<usize, Api
     experts.find(name).ok_or_else(unknown)
 }
 
-#[derive(Debug, Deserialize)]
-pub(super) struct Wanted {
-    model: Option<String>,
-}
-
 /// `GET /v1/experts`
-pub(super) async fn list(State(server): State<Arc<Server>>, Query(wanted): Query<Wanted>) -> Result<Json<Value>, ApiError> {
-    let model = server.named(wanted.model.as_deref())?;
+pub(super) async fn list(State(server): State<Arc<Server>>, which: Result<Query<Which>, QueryRejection>) -> Result<Json<Value>, ApiError> {
+    let Query(which) = which.map_err(|rejection| ApiError::new(StatusCode::BAD_REQUEST, rejection.body_text()))?;
+    let model = blocking(move || server.model(which.model.as_deref())).await?;
     let Some(experts) = model.engine.experts() else {
         return Ok(Json(
             json!({"object": "experts", "model": model.name, "experts": [], "experts_per_token": 0, "tokens": 0, "layers": []}),

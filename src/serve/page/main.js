@@ -13,9 +13,9 @@ let retry;
 async function connect() {
   clearTimeout(retry);
   try {
+    await request("/health");
     const models = (await getJson("/v1/models")).data.map(model => model.id);
     if (models.length) return await pickFrom(models);
-    await request("/health");
     state.words = "No model is served.";
   } catch (error) {
     state.words = error.message;
