@@ -7,11 +7,10 @@ usage: bench_llama.py WORK --upcycle BIN [--llama-bin DIR] [--models moe-1b,qwen
 Makes the random-weight models in WORK (once): bf16 as a directory for us and as GGUF for llama.cpp, from the same bytes; blocks by llama-quantize, of
 which both read the same file. Builds llama.cpp there from the source package of llama-cpp-python unless a folder of its programs is given. Then
 runs both in turn and prints medians and the median of the rounds' ratios; llama.cpp with blocks of four bits in both of its settings of
-`--repack`, of which each row takes the better. Needs torch, safetensors, numpy; for the build pip, cmake, ninja and a C++ compiler.
+`--repack`, of which each row takes the better. Needs numpy; for the build pip, cmake, ninja and a C++ compiler.
 """
 import argparse, glob, json, os, statistics, subprocess, sys
-import numpy as np, torch
-from safetensors.torch import save_file
+import numpy as np
 import bench_serve
 
 PACKAGE = "llama-cpp-python==0.3.36"
@@ -45,6 +44,17 @@ def build(llama, threads):
     return f"{llama}/build/bin"
 
 
+def write_safetensors(path, tensors):
+    """bf16 tensors, given as their bits."""
+    header, end = {}, 0
+    for name, bits in tensors.items():
+        header[name] = dict(dtype="BF16", shape=bits.shape, data_offsets=[end, end := end + bits.nbytes])
+    header = json.dumps(header).encode()
+    with open(path, "wb") as f:
+        f.write(len(header).to_bytes(8, "little") + header)
+        for bits in tensors.values(): f.write(bits.tobytes())
+
+
 def make(name, work, llama):
     """(directory, GGUF) of the same random bf16 weights"""
     directory, file = f"{work}/{name}", f"{work}/{name}-bf16.gguf"
@@ -64,35 +74,41 @@ def make(name, work, llama):
     w.add_tokenizer_model("llama"); w.add_token_list(words); w.add_token_scores([0.0] * V); w.add_token_types([gguf.TokenType.NORMAL] * V)
     if qwen: w.add_expert_feed_forward_length(F)
 
+    def rounded(x):
+        """The bits of bf16, to the nearest, ties to even."""
+        bits = x.view(np.uint32)
+        return ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
     def normal(*shape):
-        return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32) * 0.02).bfloat16()
+        return rounded(rng.standard_normal(shape, dtype=np.float32) * np.float32(0.02))
 
-    def add(ours, theirs, tensor, wide=False):
-        if ours: tensors[ours] = tensor
-        if wide: w.add_tensor(theirs, tensor.float().numpy())
-        else: w.add_tensor(theirs, tensor.contiguous().view(torch.int16).numpy().view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16)
+    def add(ours, theirs, bits, wide=False):
+        if ours: tensors[ours] = bits
+        if wide: w.add_tensor(theirs, (bits.astype(np.uint32) << 16).view(np.float32))
+        else: w.add_tensor(theirs, bits.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16)
 
+    ones = rounded(np.ones(D, np.float32))
     add("model.embed_tokens.weight", "token_embd.weight", normal(V, D))
     add("lm_head.weight", "output.weight", normal(V, D))
-    add("model.norm.weight", "output_norm.weight", torch.ones(D).bfloat16(), True)
+    add("model.norm.weight", "output_norm.weight", ones, True)
     for i in range(L):
         p, b = f"model.layers.{i}.", f"blk.{i}."
         for ours, theirs in (("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm")):
-            add(f"{p}{ours}.weight", f"{b}{theirs}.weight", torch.ones(D).bfloat16(), True)
+            add(f"{p}{ours}.weight", f"{b}{theirs}.weight", ones, True)
         for ours, theirs, shape in (("q", "q", (H * hd, D)), ("k", "k", (KV * hd, D)), ("v", "v", (KV * hd, D)), ("o", "output", (D, H * hd))):
             add(f"{p}self_attn.{ours}_proj.weight", f"{b}attn_{theirs}.weight", normal(*shape))
         for x in "qk" if qwen else "":
-            add(f"{p}self_attn.{x}_norm.weight", f"{b}attn_{x}_norm.weight", torch.ones(hd).bfloat16(), True)
+            add(f"{p}self_attn.{x}_norm.weight", f"{b}attn_{x}_norm.weight", ones[:hd], True)
         moe = p + ("mlp" if qwen else "block_sparse_moe")
         add(f"{moe}.gate.weight", f"{b}ffn_gate_inp.weight", normal(E, D), True)
         names = ("gate_proj", "up_proj", "down_proj") if qwen else ("w1", "w3", "w2")
         for ours, theirs, shape in zip(names, ("gate", "up", "down"), ((F, D), (F, D), (D, F))):
             experts = [normal(*shape) for _ in range(E)]
             tensors |= {f"{moe}.experts.{e}.{ours}.weight": expert for e, expert in enumerate(experts)}
-            add(None, f"{b}ffn_{theirs}_exps.weight", torch.stack(experts))
+            add(None, f"{b}ffn_{theirs}_exps.weight", np.stack(experts))
     w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
     os.makedirs(directory, exist_ok=True)
-    save_file(tensors, f"{directory}/model.safetensors", {"format": "pt"})
+    write_safetensors(f"{directory}/model.safetensors", tensors)
     config = dict(model_type=model_type, hidden_size=D, num_hidden_layers=L, num_attention_heads=H, num_key_value_heads=KV, head_dim=hd, vocab_size=V,
                   intermediate_size=F, moe_intermediate_size=F, num_experts=E, num_local_experts=E, num_experts_per_tok=K, norm_topk_prob=True,
                   hidden_act="silu", max_position_embeddings=4096, rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None,

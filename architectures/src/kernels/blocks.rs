@@ -9,7 +9,7 @@
 use super::{
     Kernels, parallel,
     product::{Block, Rows},
-    simd::ROUND,
+    simd::{Kernel, ROUND, Simd},
 };
 use crate::{blocks::Parts, weights::Dtype};
 
@@ -17,10 +17,16 @@ use crate::{blocks::Parts, weights::Dtype};
 pub(super) const LANES: usize = 16;
 /// Inner elements in a panel: a whole number of blocks of any type.
 pub(super) const CHUNK: usize = 512;
+/// Bytes by which each row of weights is fetched ahead.
+pub(super) const AHEAD: usize = 768;
 /// Elements of x that share a scale.
 pub(super) const GROUP: usize = 32;
-/// Rows of x that are worth a parallel loop.
-const MANY: usize = 16;
+/// Elements of x that are worth a parallel loop.
+const MANY: usize = 1 << 14;
+/// With more rows of x than this the products, not the weights, are what takes time.
+const FAR: usize = 16;
+/// The sign of an f32.
+const SIGN: u32 = 1 << 31;
 
 /// Rows [N, in] in eight bits.
 pub(super) struct Eight {
@@ -35,7 +41,7 @@ pub(super) struct Eight {
 
 impl Eight {
     /// `inner` is a multiple of 32.
-    pub fn of(x: &[f32], inner: usize) -> Self {
+    pub fn of(kernels: Kernels, x: &[f32], inner: usize) -> Self {
         struct Shared(*mut Eight);
         // SAFETY: every row writes its own part of each list.
         unsafe impl Sync for Shared {}
@@ -49,31 +55,69 @@ impl Eight {
             Self { inner, levels: vec![0; x.len()], scales: vec![0.0; groups], sums: [vec![0.0; 2 * groups], vec![0.0; groups]] };
         let shared = Shared(&raw mut eight);
         let row = |row: usize| {
-            // SAFETY: as above, within lists of these lengths.
+            // SAFETY: as above.
             let eight = unsafe { &mut *shared.at() };
-            for group in row * inner / GROUP..(row + 1) * inner / GROUP {
-                let x = &x[group * GROUP..][..GROUP];
-                let max = x.iter().fold(0f32, |max, x| max.max(x.abs()));
-                let (scale, inverse) = if max > 0.0 { (max / 127.0, 127.0 / max) } else { (0.0, 0.0) };
-                let mut sums = [0i32; 2];
-                for (half, (levels, x)) in eight.levels[group * GROUP..][..GROUP].chunks_exact_mut(16).zip(x.chunks_exact(16)).enumerate() {
-                    for (level, x) in levels.iter_mut().zip(x) {
-                        *level = (x * inverse + ROUND - ROUND) as i8;
-                    }
-                    sums[half] = levels.iter().map(|level| i32::from(*level)).sum();
-                    eight.sums[0][2 * group + half] = scale * sums[half] as f32;
-                }
-                eight.scales[group] = scale;
-                eight.sums[1][group] = scale * (sums[0] + sums[1]) as f32;
-            }
+            let [halves, sums] = &mut eight.sums;
+            let groups = row * inner / GROUP..(row + 1) * inner / GROUP;
+            kernels.run(Quantise {
+                x: &x[row * inner..][..inner],
+                levels: &mut eight.levels[row * inner..][..inner],
+                scales: &mut eight.scales[groups.clone()],
+                halves: &mut halves[2 * groups.start..2 * groups.end],
+                sums: &mut sums[groups],
+            });
         };
         let rows = x.len() / inner;
-        if rows < MANY {
+        if x.len() < MANY {
             (0..rows).for_each(row);
         } else {
             parallel(rows, row);
         }
         eight
+    }
+}
+
+/// A row's part of [`Eight`].
+struct Quantise<'a> {
+    x: &'a [f32],
+    levels: &'a mut [i8],
+    scales: &'a mut [f32],
+    halves: &'a mut [f32],
+    sums: &'a mut [f32],
+}
+
+impl Kernel for Quantise<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let groups = self.x.as_chunks::<GROUP>().0.iter().zip(self.levels.as_chunks_mut::<GROUP>().0);
+        for (group, (x, levels)) in groups.enumerate() {
+            // Of numbers without a sign the bits have the same order, and the largest of integers is found in any order.
+            let mut max = 0;
+            for x in x {
+                max = max.max(x.to_bits() & !SIGN);
+            }
+            let max = f32::from_bits(max);
+            let (scale, inverse) = if max > 0.0 { (max / 127.0, 127.0 / max) } else { (0.0, 0.0) };
+            // Each loop from one array into another: the compiler then knows that they do not overlap.
+            let (mut whole, mut bytes, mut sums) = ([0i32; GROUP], [0i8; GROUP], [0i32; 2]);
+            for (whole, x) in whole.iter_mut().zip(x) {
+                // What ROUND has rounded stands in the low bits.
+                *whole = (x * inverse + ROUND).to_bits().wrapping_sub(ROUND.to_bits()).cast_signed();
+            }
+            for (byte, whole) in bytes.iter_mut().zip(&whole) {
+                *byte = *whole as i8;
+            }
+            for (sum, whole) in sums.iter_mut().zip(whole.as_chunks::<16>().0) {
+                *sum = whole.iter().sum();
+            }
+            *levels = bytes;
+            self.scales[group] = scale;
+            self.halves[2 * group] = scale * sums[0] as f32;
+            self.halves[2 * group + 1] = scale * sums[1] as f32;
+            self.sums[group] = scale * (sums[0] + sums[1]) as f32;
+        }
     }
 }
 
@@ -103,8 +147,6 @@ pub(super) struct Rows16 {
     pub there: usize,
     /// blocks of each row
     pub blocks: usize,
-    /// what is unpacked soon, if it is there: as many bytes, worth fetching
-    pub next: *const u8,
 }
 
 /// Rows of x, from some column on.
@@ -121,11 +163,23 @@ pub(super) struct Columns<const T: usize> {
 pub(super) trait Integers {
     /// Rows of x in a tile, at most six.
     const TOKENS: usize;
+    /// With at most so many rows of x, eight at the most, what is unpacked of weights is multiplied in registers.
+    const FEW: usize;
+
+    /// Products of sixteen rows of weights, which are all there, with T rows of x: what `tile` adds up from panels, to the bit.
+    unsafe fn few<const T: usize, const S: usize>(_: Dtype, _: Rows16, _: Columns<T>, _: &mut [[f32; LANES]; T]) {}
 
     unsafe fn unpack(dtype: Dtype, rows: Rows16, panel: &mut Panel);
 
     /// Adds to `sums` [T][P][16] the products of the panels' first `len` elements, in sub-blocks of `S`, with T rows of x.
-    unsafe fn tile<const P: usize, const T: usize, const S: usize>(panels: &[Panel; 2], len: usize, x: Columns<T>, sums: *mut f32);
+    /// The levels are those of `dtype`.
+    unsafe fn tile<const P: usize, const T: usize, const S: usize>(
+        dtype: Dtype,
+        panels: &[Panel; 2],
+        len: usize,
+        x: Columns<T>,
+        sums: *mut f32,
+    );
 }
 
 /// As [`Block`] promises; its x is an [`Eight`] with as many inner elements as the weights, which are blocks of `dtype`.
@@ -150,58 +204,128 @@ pub(super) unsafe fn block<I: Integers>(b: &Block<'_>, dtype: Dtype) {
     unsafe { if dtype.sub_block() == 16 { block_of::<I, 16>(b, dtype) } else { block_of::<I, 32>(b, dtype) } }
 }
 
+/// Up to sixteen rows of a block of weights, a lane each.
+#[derive(Clone, Copy)]
+struct Group {
+    /// the first of them in the block
+    start: usize,
+    /// how far one is from the next
+    apart: usize,
+    /// how many
+    there: usize,
+}
+
+impl Group {
+    /// All rows of a block of so many. Those of a group lie as far apart as can be: each lane then is a long stream through memory of its own,
+    /// which CPUs foresee.
+    fn all(out: usize, n: usize) -> Vec<Self> {
+        let whole = out / LANES;
+        let rest = Self { start: whole * LANES, apart: 1, there: out % LANES };
+        let group =
+            |i| if n > FAR { Self { start: i * LANES, apart: 1, there: LANES } } else { Self { start: i, apart: whole, there: LANES } };
+        (0..whole).map(group).chain((rest.there > 0).then_some(rest)).collect()
+    }
+
+    /// `len` elements of each row from `at` on.
+    fn rows(self, b: &Block<'_>, dtype: Dtype, at: usize, len: usize) -> Rows16 {
+        let ((elements, bytes), row_bytes) = (dtype.block(), b.weights.row_bytes());
+        let first = b.weights.data()[(b.start + self.start) * row_bytes + at / elements * bytes..].as_ptr();
+        Rows16 { first, stride: self.apart * row_bytes, there: self.there, blocks: len / elements }
+    }
+
+    /// Writes the sums [..][16] of the block's rows of x from `row` on, `wide` elements apart.
+    ///
+    /// # Safety
+    /// As the block promises.
+    unsafe fn write(self, b: &Block<'_>, row: usize, sums: &[f32], wide: usize) {
+        for (row, sums) in (row..).zip(sums.chunks(wide)) {
+            for (lane, sum) in sums[..self.there].iter().enumerate() {
+                // SAFETY: the caller's.
+                unsafe { *b.y.add(row * b.stride + self.start + lane * self.apart) = *sum };
+            }
+        }
+    }
+}
+
 /// `S` elements of a row of weights share a scale.
 #[inline(always)]
 unsafe fn block_of<I: Integers, const S: usize>(b: &Block<'_>, dtype: Dtype) {
-    const WIDE: usize = 2 * LANES;
-    let (elements, bytes) = dtype.block();
-    let row_bytes = b.weights.row_bytes();
-    let inner = b.weights.inner();
     // SAFETY: the caller's.
     let x = unsafe { &*b.x.cast::<Eight>() };
-    debug_assert_eq!(x.inner, inner);
+    debug_assert_eq!(x.inner, b.weights.inner());
+    let groups = Group::all(b.out, b.n);
+    let whole = groups.partition_point(|group| b.n <= I::FEW && group.there == LANES);
+    for group in &groups[..whole] {
+        // SAFETY: the caller's; there are as many rows of x.
+        unsafe {
+            match b.n {
+                8 if I::FEW >= 8 => few::<I, 8, S>(b, x, dtype, *group),
+                7 if I::FEW >= 7 => few::<I, 7, S>(b, x, dtype, *group),
+                6 if I::FEW >= 6 => few::<I, 6, S>(b, x, dtype, *group),
+                5 if I::FEW >= 5 => few::<I, 5, S>(b, x, dtype, *group),
+                4 => few::<I, 4, S>(b, x, dtype, *group),
+                3 => few::<I, 3, S>(b, x, dtype, *group),
+                2 => few::<I, 2, S>(b, x, dtype, *group),
+                _ => few::<I, 1, S>(b, x, dtype, *group),
+            }
+        }
+    }
+    if whole < groups.len() {
+        // SAFETY: the caller's.
+        unsafe { many::<I, S>(b, x, dtype, &groups[whole..]) };
+    }
+}
+
+/// Sixteen rows of weights and all T rows of x, whose sums stay in registers.
+#[inline(always)]
+unsafe fn few<I: Integers, const T: usize, const S: usize>(b: &Block<'_>, x: &Eight, dtype: Dtype, group: Group) {
+    let mut sums = [[0f32; LANES]; T];
+    // SAFETY: the caller's.
+    unsafe {
+        I::few::<T, S>(dtype, group.rows(b, dtype, 0, x.inner), columns::<T, S>(b, x, 0, 0), &mut sums);
+        group.write(b, 0, sums.as_flattened(), LANES);
+    }
+}
+
+/// Panels of two groups at a time, which all rows of x pass by.
+#[inline(always)]
+unsafe fn many<I: Integers, const S: usize>(b: &Block<'_>, x: &Eight, dtype: Dtype, groups: &[Group]) {
+    const WIDE: usize = 2 * LANES;
     #[expect(clippy::large_stack_arrays, reason = "24 KiB, which are used at once")]
     let mut panels = [Panel::EMPTY; 2];
     let mut sums = vec![0f32; b.n * WIDE];
     let tiles = b.n.div_ceil(I::TOKENS).max(1);
     let tokens = b.n.div_ceil(tiles);
-    for start in (0..b.out).step_by(WIDE) {
-        let out = (b.out - start).min(WIDE);
+    for groups in groups.chunks(2) {
         sums.fill(0.0);
-        for at in (0..inner).step_by(CHUNK) {
-            let len = (inner - at).min(CHUNK);
-            for (p, panel) in panels.iter_mut().enumerate().take(out.div_ceil(LANES)) {
-                let row = b.start + start + p * LANES;
-                let columns = at / elements * bytes;
-                let first = b.weights.data()[row * row_bytes + columns..].as_ptr();
-                // The same share of the rows that come next.
-                let next = first.wrapping_sub(columns).wrapping_add(WIDE * row_bytes + LANES * columns);
-                let rows = Rows16 { first, stride: row_bytes, there: (out - p * LANES).min(LANES), blocks: len / elements, next };
+        for at in (0..x.inner).step_by(CHUNK) {
+            let len = (x.inner - at).min(CHUNK);
+            for (group, panel) in groups.iter().zip(&mut panels) {
                 // SAFETY: the rows are there.
-                unsafe { I::unpack(dtype, rows, panel) };
+                unsafe { I::unpack(dtype, group.rows(b, dtype, at, len), panel) };
             }
             let mut row = 0;
             while row < b.n {
                 let count = (b.n - row).min(tokens);
                 let sums = sums[row * WIDE..].as_mut_ptr();
+                let place = [at, len, row, groups.len()];
                 // SAFETY: `count` rows of x and of sums are there.
                 unsafe {
                     match count {
-                        6 => tile::<I, 6, S>(b, x, &panels, [at, len, row, out], sums),
-                        5 => tile::<I, 5, S>(b, x, &panels, [at, len, row, out], sums),
-                        4 => tile::<I, 4, S>(b, x, &panels, [at, len, row, out], sums),
-                        3 => tile::<I, 3, S>(b, x, &panels, [at, len, row, out], sums),
-                        2 => tile::<I, 2, S>(b, x, &panels, [at, len, row, out], sums),
-                        _ => tile::<I, 1, S>(b, x, &panels, [at, len, row, out], sums),
+                        6 => tile::<I, 6, S>(b, x, dtype, &panels, place, sums),
+                        5 => tile::<I, 5, S>(b, x, dtype, &panels, place, sums),
+                        4 => tile::<I, 4, S>(b, x, dtype, &panels, place, sums),
+                        3 => tile::<I, 3, S>(b, x, dtype, &panels, place, sums),
+                        2 => tile::<I, 2, S>(b, x, dtype, &panels, place, sums),
+                        _ => tile::<I, 1, S>(b, x, dtype, &panels, place, sums),
                     }
                 }
                 row += count;
             }
         }
-        for (row, sums) in sums.chunks_exact(WIDE).enumerate() {
-            // SAFETY: within the block's y.
-            let y = unsafe { std::slice::from_raw_parts_mut(b.y.add(row * b.stride + start), out) };
-            y.copy_from_slice(&sums[..out]);
+        for (p, group) in groups.iter().enumerate() {
+            // SAFETY: the caller's.
+            unsafe { group.write(b, 0, &sums[p * LANES..], WIDE) };
         }
     }
 }
@@ -210,10 +334,25 @@ unsafe fn block_of<I: Integers, const S: usize>(b: &Block<'_>, dtype: Dtype) {
 unsafe fn tile<I: Integers, const T: usize, const S: usize>(
     b: &Block<'_>,
     x: &Eight,
+    dtype: Dtype,
     panels: &[Panel; 2],
-    [at, len, row, out]: [usize; 4],
+    [at, len, row, count]: [usize; 4],
     sums: *mut f32,
 ) {
+    let columns = columns::<T, S>(b, x, row, at);
+    // SAFETY: the caller's.
+    unsafe {
+        if count > 1 {
+            I::tile::<2, T, S>(dtype, panels, len, columns, sums);
+        } else {
+            I::tile::<1, T, S>(dtype, panels, len, columns, sums);
+        }
+    }
+}
+
+/// Of T rows of the block's x from `row` on, elements from `at` on.
+#[inline(always)]
+fn columns<const T: usize, const S: usize>(b: &Block<'_>, x: &Eight, row: usize, at: usize) -> Columns<T> {
     let mut columns = Columns::<T> { levels: [std::ptr::null(); T], scales: [std::ptr::null(); T], sums: [std::ptr::null(); T] };
     for i in 0..T {
         let row = match b.rows {
@@ -225,8 +364,7 @@ unsafe fn tile<I: Integers, const T: usize, const S: usize>(
         columns.scales[i] = x.scales[place / GROUP..].as_ptr();
         columns.sums[i] = x.sums[usize::from(S == GROUP)][place / S..].as_ptr();
     }
-    // SAFETY: the caller's.
-    unsafe { if out > LANES { I::tile::<2, T, S>(panels, len, columns, sums) } else { I::tile::<1, T, S>(panels, len, columns, sums) } }
+    columns
 }
 
 /// Loops, which the compiler makes of them what it can.
@@ -234,6 +372,7 @@ pub(super) struct Plain;
 
 impl Integers for Plain {
     const TOKENS: usize = 2;
+    const FEW: usize = 0;
 
     #[inline(always)]
     unsafe fn unpack(dtype: Dtype, rows: Rows16, panel: &mut Panel) {
@@ -242,7 +381,13 @@ impl Integers for Plain {
     }
 
     #[inline(always)]
-    unsafe fn tile<const P: usize, const T: usize, const S: usize>(panels: &[Panel; 2], len: usize, x: Columns<T>, sums: *mut f32) {
+    unsafe fn tile<const P: usize, const T: usize, const S: usize>(
+        _: Dtype,
+        panels: &[Panel; 2],
+        len: usize,
+        x: Columns<T>,
+        sums: *mut f32,
+    ) {
         for (p, panel) in panels.iter().enumerate().take(P) {
             for t in 0..T {
                 // SAFETY: the caller's.
@@ -329,7 +474,7 @@ mod tests {
                 crate::blocks::decode(dtype, &w[1..], &mut wide);
                 for n in [1, 2, 5, 6, 7, 20, 200] {
                     let x = numbers(n * inner, 0.7);
-                    let eight = Eight::of(&x, inner);
+                    let eight = Eight::of(Kernels::Plain, &x, inner);
                     let rounded: Vec<f64> =
                         eight.levels.iter().enumerate().map(|(i, level)| f64::from(*level) * f64::from(eight.scales[i / GROUP])).collect();
                     let error = x.iter().zip(&rounded).map(|(x, rounded)| (f64::from(*x) - rounded).abs()).fold(0.0, f64::max);
@@ -358,9 +503,11 @@ mod tests {
             let w = stored(dtype, &numbers(out * inner, 1.3), inner);
             for kernels in Kernels::available() {
                 let together = product(kernels, &w, dtype, [out, inner], &x);
-                for row in [0, 5, 191, 192, 399] {
-                    let alone = product(kernels, &w, dtype, [out, inner], &x[row * inner..(row + 1) * inner]);
-                    assert_eq!(alone, together[row * out..(row + 1) * out], "row {row} {dtype} {kernels:?}");
+                for (row, n) in
+                    [(0, 1), (5, 1), (190, 2), (7, 3), (200, 4), (33, 5), (50, 6), (70, 7), (90, 8), (33, 9), (60, 16), (80, 17), (399, 1)]
+                {
+                    let alone = product(kernels, &w, dtype, [out, inner], &x[row * inner..(row + n) * inner]);
+                    assert_eq!(alone, together[row * out..(row + n) * out], "row {row} of {n} {dtype} {kernels:?}");
                 }
             }
         }

@@ -43,7 +43,35 @@ pub enum Kernels {
     Plain,
 }
 
+/// A name that is no kernels', or of kernels that this CPU has no instructions for.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{name}` is none of the kernels that this CPU has: {}", .available.iter().map(|kernels| kernels.name()).collect::<Vec<_>>().join(", "))]
+pub struct KernelsError {
+    name: String,
+    available: Vec<Kernels>,
+}
+
+impl std::str::FromStr for Kernels {
+    type Err = KernelsError;
+
+    fn from_str(name: &str) -> Result<Self, KernelsError> {
+        let available = Self::available();
+        let found = available.iter().copied().find(|kernels| kernels.name() == name);
+        found.ok_or_else(|| KernelsError { name: name.to_owned(), available })
+    }
+}
+
 impl Kernels {
+    /// What it is called on a command line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Avx512 => "avx512",
+            Self::Avx512Bf16 => "avx512-bf16",
+            Self::Avx2 => "avx2",
+            Self::Plain => "plain",
+        }
+    }
+
     /// The fastest that multiply in f32.
     pub fn best() -> Self {
         Self::available()[0]
@@ -95,5 +123,19 @@ impl Kernels {
             // SAFETY: plain code runs on every CPU.
             _ => unsafe { kernel.run::<Plain>() },
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_are_known_by_their_names() {
+        for kernels in Kernels::available() {
+            assert_eq!(kernels.name().parse(), Ok(kernels));
+        }
+        let message = "fast".parse::<Kernels>().unwrap_err().to_string();
+        assert!(message.starts_with("`fast` is none of the kernels") && message.contains("plain"), "{message}");
     }
 }

@@ -13,7 +13,7 @@ use super::{
     Kernels,
     blocks::{self, Eight},
     parallel,
-    simd::{F16, F32, Kernel, Multiply, Simd, exp},
+    simd::{F16, F32, Fetch, Kernel, Multiply, Simd, exp},
 };
 use crate::{config::Activation, weights::Dtype};
 
@@ -164,7 +164,7 @@ impl Prepared {
             let form = match weights.element {
                 _ if prepared.get(job).is_some() => continue,
                 Element::Bf16 if kernels == Kernels::Avx512Bf16 => Form::Bf16(kernels.run(Round(job.x))),
-                Element::Blocks(_) => Form::Eight(Box::new(kernels.run(Quantise(job.x, weights.inner)))),
+                Element::Blocks(_) => Form::Eight(Box::new(Eight::of(kernels, job.x, weights.inner))),
                 Element::F32 | Element::F16 | Element::Bf16 => continue,
             };
             prepared.0.push((job.x.as_ptr(), job.x.len(), form));
@@ -184,18 +184,6 @@ impl Prepared {
     }
 }
 
-/// Rows of so many elements in eight bits.
-struct Quantise<'a>(&'a [f32], usize);
-
-impl Kernel for Quantise<'_> {
-    type Output = Eight;
-
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self) -> Eight {
-        Eight::of(self.0, self.1)
-    }
-}
-
 /// To the nearest, ties to even.
 struct Round<'a>(&'a [f32]);
 
@@ -206,7 +194,11 @@ impl Kernel for Round<'_> {
     unsafe fn run<S: Simd>(self) -> Vec<bf16> {
         let mut rounded = vec![bf16::ZERO; self.0.len()];
         for (rounded, x) in rounded.iter_mut().zip(self.0) {
-            *rounded = bf16::from_f32(*x);
+            let bits = x.to_bits();
+            // Without a branch; infinity stays, and what is no number stays none.
+            let up = if x.is_nan() { 0 } else { 0x7fff + ((bits >> 16) & 1) };
+            let quiet = u32::from(x.is_nan()) << 22;
+            *rounded = bf16::from_bits((((bits + up) | quiet) >> 16) as u16);
         }
         rounded
     }
@@ -264,7 +256,7 @@ impl Part<'_> {
         let (n, out) = ((self.n - row).min(ROWS), (weights.rows - start).min(self.block));
         let block = |weights: Weights<'_>, y: *mut f32, stride: usize| {
             // SAFETY: the shapes have been checked by `run`; `y` has room for n rows of `out`, `stride` apart, and nobody else writes there.
-            let block = Block { weights, start, out, x: self.x, rows: self.rows, row, n, y, stride };
+            let block = Block { weights, start, out, x: self.x, rows: self.rows, row, n, y, stride, fetch: Fetch::here() };
             match weights.element {
                 // SAFETY: as above.
                 Element::Blocks(dtype) => unsafe { blocks::multiply(kernels, &block, dtype) },
@@ -348,6 +340,7 @@ pub(super) struct Block<'a> {
     pub n: usize,
     pub y: *mut f32,
     pub stride: usize,
+    pub fetch: Fetch,
 }
 
 impl Kernel for Block<'_> {
@@ -439,7 +432,7 @@ unsafe fn tiles<S: Simd, M: Multiply<S>, const N: usize>(b: &Block<'_>, groups: 
             unsafe { weights.as_ptr().add(at * M::SIZE) }
         });
         // SAFETY: `len` elements are left in each row.
-        let sums = unsafe { tile::<S, M, N>(w, x, len) };
+        let sums = unsafe { tile::<S, M, N>(w, x, len, b.fetch) };
         let valid = (b.out - group).div_ceil(stride);
         for (i, sums) in sums.iter().enumerate() {
             for (place, sum) in place.iter().zip(sums).take(valid) {
@@ -453,7 +446,12 @@ unsafe fn tiles<S: Simd, M: Multiply<S>, const N: usize>(b: &Block<'_>, groups: 
 
 /// The sums of products of `len` elements of each row of x with each of four rows of weights.
 #[inline(always)]
-unsafe fn tile<S: Simd, M: Multiply<S>, const N: usize>(w: [*const u8; TILE], x: [*const M::X; N], len: usize) -> [[f32; TILE]; N] {
+unsafe fn tile<S: Simd, M: Multiply<S>, const N: usize>(
+    w: [*const u8; TILE],
+    x: [*const M::X; N],
+    len: usize,
+    fetch: Fetch,
+) -> [[f32; TILE]; N] {
     // SAFETY: the caller's.
     unsafe {
         let mut lanes = [[S::splat(0.0); TILE]; N];
@@ -467,7 +465,7 @@ unsafe fn tile<S: Simd, M: Multiply<S>, const N: usize>(w: [*const u8; TILE], x:
                 M::load(w[3].add(at * M::SIZE)),
             ];
             for w in w {
-                S::prefetch(w.wrapping_add(at * M::SIZE + AHEAD));
+                S::prefetch(w.wrapping_add(at * M::SIZE + AHEAD), fetch);
             }
             for (x, lanes) in x.iter().zip(&mut lanes) {
                 let x = M::load_x(x.add(at));
@@ -554,9 +552,9 @@ mod tests {
             let w = stored(&w, element);
             for kernels in kernels {
                 let together = product(kernels, &w, element, [out, inner], &x);
-                for row in [0, 5, 191, 192, 399] {
-                    let alone = product(kernels, &w, element, [out, inner], &x[row * inner..(row + 1) * inner]);
-                    assert_eq!(alone, together[row * out..(row + 1) * out], "row {row} {element:?} {kernels:?}");
+                for (row, n) in [(0, 1), (5, 2), (191, 3), (192, 4), (20, 8), (40, 20), (399, 1)] {
+                    let alone = product(kernels, &w, element, [out, inner], &x[row * inner..(row + n) * inner]);
+                    assert_eq!(alone, together[row * out..(row + n) * out], "row {row} of {n} {element:?} {kernels:?}");
                 }
             }
         }

@@ -35,8 +35,27 @@ pub(super) trait Simd: Copy + 'static {
     unsafe fn mul_add(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
     /// The sums of four vectors' lanes; what one vector's is does not depend on the others.
     unsafe fn sums(x: [Self::Vector; 4]) -> [f32; 4];
-    /// Asks for the cache line of an address, which need not be valid, to be read once.
-    unsafe fn prefetch(from: *const u8);
+    /// Asks for the cache line of an address, which need not be valid.
+    unsafe fn prefetch(from: *const u8, fetch: Fetch);
+}
+
+/// How a stream of weights is best fetched ahead: a property of the CPU, whatever its vectors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fetch {
+    /// past the outer caches, which then keep what is used again: a fifth faster on AMD's, half as fast on Intel's
+    Once,
+    /// into all caches
+    Soon,
+}
+
+impl Fetch {
+    /// As this CPU likes it.
+    pub fn here() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        return super::x86::fetch();
+        #[cfg(not(target_arch = "x86_64"))]
+        return Self::Soon;
+    }
 }
 
 /// How stored weights are multiplied with elements of x.
@@ -202,7 +221,7 @@ impl Simd for Plain {
     }
 
     #[inline(always)]
-    unsafe fn prefetch(_: *const u8) {}
+    unsafe fn prefetch(_: *const u8, _: Fetch) {}
 }
 
 /// Adding and taking away 1.5 * 2^23 rounds to a whole number, ties to even, without a branch or a call.

@@ -1,10 +1,10 @@
 //! AVX2 and AVX-512.
 
-use std::arch::x86_64 as arch;
+use std::{arch::x86_64 as arch, sync::LazyLock};
 
 use half::bf16;
 
-use super::simd::{Bf16, Kernel, Multiply, Simd};
+use super::simd::{Bf16, Fetch, Kernel, Multiply, Simd};
 
 pub(super) fn has_avx512() -> bool {
     is_x86_feature_detected!("avx512f")
@@ -20,6 +20,27 @@ pub(super) fn has_avx512_bf16() -> bool {
 
 pub(super) fn has_avx2() -> bool {
     is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+}
+
+/// See [`Fetch`].
+pub(super) fn fetch() -> Fetch {
+    static FETCH: LazyLock<Fetch> = LazyLock::new(|| {
+        let vendor = arch::__cpuid(0);
+        let amd = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).concat() == b"AuthenticAMD";
+        if amd { Fetch::Once } else { Fetch::Soon }
+    });
+    *FETCH
+}
+
+#[inline(always)]
+unsafe fn prefetch(from: *const u8, fetch: Fetch) {
+    // SAFETY: a prefetch of any address is none of a fault.
+    unsafe {
+        match fetch {
+            Fetch::Once => arch::_mm_prefetch::<{ arch::_MM_HINT_NTA }>(from.cast()),
+            Fetch::Soon => arch::_mm_prefetch::<{ arch::_MM_HINT_T0 }>(from.cast()),
+        }
+    }
 }
 
 /// # Safety
@@ -153,8 +174,8 @@ macro_rules! avx512 {
             }
 
             #[inline(always)]
-            unsafe fn prefetch(from: *const u8) {
-                unsafe { arch::_mm_prefetch::<{ arch::_MM_HINT_NTA }>(from.cast()) };
+            unsafe fn prefetch(from: *const u8, fetch: Fetch) {
+                unsafe { prefetch(from, fetch) };
             }
         }
     };
@@ -235,7 +256,7 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn prefetch(from: *const u8) {
-        unsafe { arch::_mm_prefetch::<{ arch::_MM_HINT_NTA }>(from.cast()) };
+    unsafe fn prefetch(from: *const u8, fetch: Fetch) {
+        unsafe { prefetch(from, fetch) };
     }
 }

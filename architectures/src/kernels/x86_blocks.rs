@@ -1,11 +1,11 @@
-//! Products of weights in blocks for AVX-512 with VNNI, and for AVX2.
+//! Products of weights in blocks for AVX-512 with VNNI, and for AVX2. What the bytes of a block mean is written once, over [`Lanes`].
 
 #![allow(clippy::needless_range_loop, reason = "arrays that are indexed by constants are registers")]
 
 use std::arch::x86_64 as arch;
 
 use super::{
-    blocks::{self, Columns, GROUP, Integers, LANES, Panel, Rows16},
+    blocks::{self, AHEAD, Columns, GROUP, Integers, LANES, Panel, Rows16},
     product::Block,
     x86,
 };
@@ -33,87 +33,45 @@ pub(super) unsafe fn run_avx2(b: &Block<'_>, dtype: Dtype) {
 
 // SAFETY of everything below: callers promise the instructions and that what pointers point to is there; all accesses are unaligned.
 
-struct Avx512;
+/// Vectors of lanes of 32 bits, of which each is for another row of weights.
+trait Lanes: Copy + 'static {
+    type Ints: Copy;
+    type Floats: Copy;
 
-impl Integers for Avx512 {
-    const TOKENS: usize = 6;
+    const ROWS: usize;
 
-    #[inline(always)]
-    unsafe fn unpack(dtype: Dtype, rows: Rows16, panel: &mut Panel) {
-        unsafe {
-            if rows.there < LANES {
-                return blocks::unpack(dtype, rows, panel);
-            }
-            let (elements, bytes) = dtype.block();
-            let subs = elements / dtype.sub_block();
-            let mut fetched = 0;
-            for block in 0..rows.blocks {
-                while fetched < (block + 1) * bytes * LANES {
-                    arch::_mm_prefetch::<{ arch::_MM_HINT_T0 }>(rows.next.wrapping_add(fetched).cast());
-                    fetched += 64;
-                }
-                let from = From { data: rows.first.add(block * bytes), stride: rows.stride };
-                let to = To {
-                    levels: panel.levels.as_mut_ptr().add(block * elements * LANES),
-                    scales: panel.scales.as_mut_ptr().add(block * subs * LANES),
-                    minima: panel.minima.as_mut_ptr().add(block * subs * LANES),
-                };
-                match dtype {
-                    Dtype::Q4_0 => q4_0(from, to),
-                    Dtype::Q5_0 => q5_0(from, to),
-                    Dtype::Q8_0 => q8_0(from, to),
-                    Dtype::Q4K => k::<false>(from, to),
-                    Dtype::Q5K => k::<true>(from, to),
-                    _ => q6_k(from, to),
-                }
-            }
-        }
-    }
+    unsafe fn zero() -> Self::Ints;
+    unsafe fn and(x: Self::Ints, mask: i32) -> Self::Ints;
+    unsafe fn or(a: Self::Ints, b: Self::Ints) -> Self::Ints;
+    unsafe fn xor(x: Self::Ints, mask: i32) -> Self::Ints;
+    unsafe fn times(x: Self::Ints, factor: i32) -> Self::Ints;
+    unsafe fn left(x: Self::Ints, bits: i32) -> Self::Ints;
+    unsafe fn right(x: Self::Ints, bits: i32) -> Self::Ints;
+    /// keeping the sign
+    unsafe fn signed_right(x: Self::Ints, bits: i32) -> Self::Ints;
+    /// Adds the products of each lane's four levels, which are of `dtype`, with the four signed bytes of x.
+    unsafe fn dot(dtype: Dtype, sums: Self::Ints, levels: Self::Ints, x: i32) -> Self::Ints;
+    unsafe fn floats(x: Self::Ints) -> Self::Floats;
+    /// The lower half of each lane as an f16.
+    unsafe fn halves(x: Self::Ints) -> Self::Floats;
+    unsafe fn splat(x: f32) -> Self::Floats;
+    unsafe fn mul(a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    /// a b + c
+    unsafe fn mul_add(a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats;
+    /// c - a b
+    unsafe fn mul_sub(a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats;
+    unsafe fn load(from: *const f32) -> Self::Floats;
+    unsafe fn load_ints(from: *const u8) -> Self::Ints;
+    unsafe fn store(to: *mut f32, x: Self::Floats);
+    unsafe fn store_ints(to: *mut u8, x: Self::Ints);
 
-    #[inline(always)]
-    unsafe fn tile<const P: usize, const T: usize, const S: usize>(panels: &[Panel; 2], len: usize, x: Columns<T>, sums: *mut f32) {
-        unsafe {
-            let mut totals = [[arch::_mm512_setzero_ps(); T]; P];
-            for p in 0..P {
-                for t in 0..T {
-                    totals[p][t] = arch::_mm512_loadu_ps(sums.add((2 * t + p) * LANES));
-                }
-            }
-            for sub in 0..len / S {
-                let mut dots = [[arch::_mm512_setzero_si512(); T]; P];
-                for four in 0..S / 4 {
-                    let at = (sub * S / 4 + four) * 4 * LANES;
-                    let mut levels = [arch::_mm512_setzero_si512(); P];
-                    for p in 0..P {
-                        levels[p] = arch::_mm512_load_si512(panels[p].levels.as_ptr().add(at).cast());
-                    }
-                    for t in 0..T {
-                        let x = arch::_mm512_set1_epi32(x.levels[t].add(sub * S + 4 * four).cast::<i32>().read_unaligned());
-                        for p in 0..P {
-                            dots[p][t] = arch::_mm512_dpbusd_epi32(dots[p][t], levels[p], x);
-                        }
-                    }
-                }
-                for p in 0..P {
-                    let scales = arch::_mm512_load_ps(panels[p].scales.as_ptr().add(sub * LANES));
-                    let minima = arch::_mm512_load_ps(panels[p].minima.as_ptr().add(sub * LANES));
-                    for t in 0..T {
-                        let scale = arch::_mm512_mul_ps(scales, arch::_mm512_set1_ps(*x.scales[t].add(sub * S / GROUP)));
-                        let total = arch::_mm512_fmadd_ps(arch::_mm512_cvtepi32_ps(dots[p][t]), scale, totals[p][t]);
-                        totals[p][t] = arch::_mm512_fnmadd_ps(minima, arch::_mm512_set1_ps(*x.sums[t].add(sub)), total);
-                    }
-                }
-            }
-            for p in 0..P {
-                for t in 0..T {
-                    arch::_mm512_storeu_ps(sums.add((2 * t + p) * LANES), totals[p][t]);
-                }
-            }
-        }
-    }
+    /// Sixteen bytes of each row; vector i holds each row's bytes 4i to 4i + 3.
+    unsafe fn columns(from: From) -> [Self::Ints; 4];
+    /// Two bytes of each row as an f16.
+    unsafe fn one_half(from: From) -> Self::Floats;
 }
 
-/// A block of each of sixteen rows.
+/// A block of each of some rows.
 #[derive(Clone, Copy)]
 struct From {
     data: *const u8,
@@ -126,11 +84,144 @@ impl From {
         Self { data: self.data.wrapping_add(offset), stride: self.stride }
     }
 
-    /// Sixteen bytes of each row; vector i holds each row's bytes 4i to 4i + 3.
     #[inline(always)]
-    unsafe fn columns(self) -> [arch::__m512i; 4] {
+    unsafe fn sixteen(self, row: usize) -> arch::__m128i {
+        unsafe { arch::_mm_loadu_si128(self.data.add(row * self.stride).cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn two(self, row: usize) -> i16 {
+        unsafe { self.data.add(row * self.stride).cast::<i16>().read_unaligned() }
+    }
+
+    /// Asks for what lies [`AHEAD`] of the block in each row that is this part of all: a few at a time, for a CPU remembers a dozen requests.
+    #[inline(always)]
+    unsafe fn fetch<L: Lanes>(self, part: usize, parts: usize, bytes: usize) {
         unsafe {
-            let (a, b, c, d) = (self.four(0), self.four(1), self.four(2), self.four(3));
+            for row in part * L::ROWS / parts..(part + 1) * L::ROWS / parts {
+                for line in 0..bytes.div_ceil(64) {
+                    arch::_mm_prefetch::<{ arch::_MM_HINT_T0 }>(self.data.wrapping_add(row * self.stride + 64 * line + AHEAD).cast());
+                }
+            }
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Avx512;
+
+impl Lanes for Avx512 {
+    type Ints = arch::__m512i;
+    type Floats = arch::__m512;
+
+    const ROWS: usize = 16;
+
+    #[inline(always)]
+    unsafe fn zero() -> Self::Ints {
+        unsafe { arch::_mm512_setzero_si512() }
+    }
+
+    #[inline(always)]
+    unsafe fn and(x: Self::Ints, mask: i32) -> Self::Ints {
+        unsafe { arch::_mm512_and_si512(x, arch::_mm512_set1_epi32(mask)) }
+    }
+
+    #[inline(always)]
+    unsafe fn or(a: Self::Ints, b: Self::Ints) -> Self::Ints {
+        unsafe { arch::_mm512_or_si512(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn xor(x: Self::Ints, mask: i32) -> Self::Ints {
+        unsafe { arch::_mm512_xor_si512(x, arch::_mm512_set1_epi32(mask)) }
+    }
+
+    #[inline(always)]
+    unsafe fn times(x: Self::Ints, factor: i32) -> Self::Ints {
+        unsafe { arch::_mm512_mullo_epi32(x, arch::_mm512_set1_epi32(factor)) }
+    }
+
+    #[inline(always)]
+    unsafe fn left(x: Self::Ints, bits: i32) -> Self::Ints {
+        unsafe { arch::_mm512_sllv_epi32(x, arch::_mm512_set1_epi32(bits)) }
+    }
+
+    #[inline(always)]
+    unsafe fn right(x: Self::Ints, bits: i32) -> Self::Ints {
+        unsafe { arch::_mm512_srlv_epi32(x, arch::_mm512_set1_epi32(bits)) }
+    }
+
+    #[inline(always)]
+    unsafe fn signed_right(x: Self::Ints, bits: i32) -> Self::Ints {
+        unsafe { arch::_mm512_srav_epi32(x, arch::_mm512_set1_epi32(bits)) }
+    }
+
+    #[inline(always)]
+    unsafe fn dot(_: Dtype, sums: Self::Ints, levels: Self::Ints, x: i32) -> Self::Ints {
+        unsafe { arch::_mm512_dpbusd_epi32(sums, levels, arch::_mm512_set1_epi32(x)) }
+    }
+
+    #[inline(always)]
+    unsafe fn floats(x: Self::Ints) -> Self::Floats {
+        unsafe { arch::_mm512_cvtepi32_ps(x) }
+    }
+
+    #[inline(always)]
+    unsafe fn halves(x: Self::Ints) -> Self::Floats {
+        unsafe { arch::_mm512_cvtph_ps(arch::_mm512_cvtepi32_epi16(x)) }
+    }
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self::Floats {
+        unsafe { arch::_mm512_set1_ps(x) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul(a: Self::Floats, b: Self::Floats) -> Self::Floats {
+        unsafe { arch::_mm512_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats {
+        unsafe { arch::_mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul_sub(a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats {
+        unsafe { arch::_mm512_fnmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self::Floats {
+        unsafe { arch::_mm512_loadu_ps(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_ints(from: *const u8) -> Self::Ints {
+        unsafe { arch::_mm512_loadu_si512(from.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(to: *mut f32, x: Self::Floats) {
+        unsafe { arch::_mm512_storeu_ps(to, x) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_ints(to: *mut u8, x: Self::Ints) {
+        unsafe { arch::_mm512_storeu_si512(to.cast(), x) }
+    }
+
+    #[inline(always)]
+    unsafe fn columns(from: From) -> [Self::Ints; 4] {
+        unsafe {
+            let mut rows = [Self::zero(); 4];
+            for row in 0..4 {
+                let x = arch::_mm512_castsi128_si512(from.sixteen(row));
+                let x = arch::_mm512_inserti32x4::<1>(x, from.sixteen(row + 4));
+                let x = arch::_mm512_inserti32x4::<2>(x, from.sixteen(row + 8));
+                rows[row] = arch::_mm512_inserti32x4::<3>(x, from.sixteen(row + 12));
+            }
+            let [a, b, c, d] = rows;
             let (ab, cd) = (arch::_mm512_unpacklo_epi32(a, b), arch::_mm512_unpacklo_epi32(c, d));
             let (ab_high, cd_high) = (arch::_mm512_unpackhi_epi32(a, b), arch::_mm512_unpackhi_epi32(c, d));
             [
@@ -142,258 +233,622 @@ impl From {
         }
     }
 
-    /// Sixteen bytes of rows r, r + 4, r + 8 and r + 12.
     #[inline(always)]
-    unsafe fn four(self, row: usize) -> arch::__m512i {
+    unsafe fn one_half(from: From) -> Self::Floats {
         unsafe {
-            let x = arch::_mm512_castsi128_si512(self.sixteen(row));
-            let x = arch::_mm512_inserti32x4::<1>(x, self.sixteen(row + 4));
-            let x = arch::_mm512_inserti32x4::<2>(x, self.sixteen(row + 8));
-            arch::_mm512_inserti32x4::<3>(x, self.sixteen(row + 12))
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn sixteen(self, row: usize) -> arch::__m128i {
-        unsafe { arch::_mm_loadu_si128(self.data.add(row * self.stride).cast()) }
-    }
-
-    /// An f16 of each row.
-    #[inline(always)]
-    unsafe fn halves(self) -> arch::__m512 {
-        unsafe {
-            let mut halves = [0i16; LANES];
+            let mut halves = [0i16; 16];
             for (row, half) in halves.iter_mut().enumerate() {
-                *half = self.data.add(row * self.stride).cast::<i16>().read_unaligned();
+                *half = from.two(row);
             }
-            arch::_mm512_cvtph_ps(std::mem::transmute::<[i16; LANES], arch::__m256i>(halves))
+            arch::_mm512_cvtph_ps(std::mem::transmute::<[i16; 16], arch::__m256i>(halves))
         }
     }
 }
 
-/// The place of a block in a panel.
 #[derive(Clone, Copy)]
+struct Avx2;
+
+impl Lanes for Avx2 {
+    type Ints = arch::__m256i;
+    type Floats = arch::__m256;
+
+    const ROWS: usize = 8;
+
+    #[inline(always)]
+    unsafe fn zero() -> Self::Ints {
+        unsafe { arch::_mm256_setzero_si256() }
+    }
+
+    #[inline(always)]
+    unsafe fn and(x: Self::Ints, mask: i32) -> Self::Ints {
+        unsafe { arch::_mm256_and_si256(x, arch::_mm256_set1_epi32(mask)) }
+    }
+
+    #[inline(always)]
+    unsafe fn or(a: Self::Ints, b: Self::Ints) -> Self::Ints {
+        unsafe { arch::_mm256_or_si256(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn xor(x: Self::Ints, mask: i32) -> Self::Ints {
+        unsafe { arch::_mm256_xor_si256(x, arch::_mm256_set1_epi32(mask)) }
+    }
+
+    #[inline(always)]
+    unsafe fn times(x: Self::Ints, factor: i32) -> Self::Ints {
+        unsafe { arch::_mm256_mullo_epi32(x, arch::_mm256_set1_epi32(factor)) }
+    }
+
+    #[inline(always)]
+    unsafe fn left(x: Self::Ints, bits: i32) -> Self::Ints {
+        unsafe { arch::_mm256_sllv_epi32(x, arch::_mm256_set1_epi32(bits)) }
+    }
+
+    #[inline(always)]
+    unsafe fn right(x: Self::Ints, bits: i32) -> Self::Ints {
+        unsafe { arch::_mm256_srlv_epi32(x, arch::_mm256_set1_epi32(bits)) }
+    }
+
+    #[inline(always)]
+    unsafe fn signed_right(x: Self::Ints, bits: i32) -> Self::Ints {
+        unsafe { arch::_mm256_srav_epi32(x, arch::_mm256_set1_epi32(bits)) }
+    }
+
+    #[inline(always)]
+    unsafe fn dot(dtype: Dtype, sums: Self::Ints, levels: Self::Ints, x: i32) -> Self::Ints {
+        unsafe {
+            let (x, ones) = (arch::_mm256_set1_epi32(x), arch::_mm256_set1_epi16(1));
+            if dtype != Dtype::Q8_0 {
+                return arch::_mm256_add_epi32(sums, arch::_mm256_madd_epi16(arch::_mm256_maddubs_epi16(levels, x), ones));
+            }
+            // The sum of two products fits 16 bits only for levels below 128.
+            let top = arch::_mm256_and_si256(levels, arch::_mm256_set1_epi8(-128));
+            let rest = arch::_mm256_andnot_si256(arch::_mm256_set1_epi8(-128), levels);
+            let rest = arch::_mm256_madd_epi16(arch::_mm256_maddubs_epi16(rest, x), ones);
+            let top = arch::_mm256_madd_epi16(arch::_mm256_maddubs_epi16(top, x), ones);
+            arch::_mm256_add_epi32(sums, arch::_mm256_add_epi32(rest, top))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn floats(x: Self::Ints) -> Self::Floats {
+        unsafe { arch::_mm256_cvtepi32_ps(x) }
+    }
+
+    #[inline(always)]
+    unsafe fn halves(x: Self::Ints) -> Self::Floats {
+        unsafe {
+            let packed = arch::_mm256_packus_epi32(Self::and(x, 0xffff), Self::zero());
+            arch::_mm256_cvtph_ps(arch::_mm256_castsi256_si128(arch::_mm256_permute4x64_epi64::<0b1000>(packed)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self::Floats {
+        unsafe { arch::_mm256_set1_ps(x) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul(a: Self::Floats, b: Self::Floats) -> Self::Floats {
+        unsafe { arch::_mm256_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats {
+        unsafe { arch::_mm256_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul_sub(a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats {
+        unsafe { arch::_mm256_fnmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self::Floats {
+        unsafe { arch::_mm256_loadu_ps(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_ints(from: *const u8) -> Self::Ints {
+        unsafe { arch::_mm256_loadu_si256(from.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(to: *mut f32, x: Self::Floats) {
+        unsafe { arch::_mm256_storeu_ps(to, x) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_ints(to: *mut u8, x: Self::Ints) {
+        unsafe { arch::_mm256_storeu_si256(to.cast(), x) }
+    }
+
+    #[inline(always)]
+    unsafe fn columns(from: From) -> [Self::Ints; 4] {
+        unsafe {
+            let mut rows = [Self::zero(); 4];
+            for row in 0..4 {
+                rows[row] = arch::_mm256_inserti128_si256::<1>(arch::_mm256_castsi128_si256(from.sixteen(row)), from.sixteen(row + 4));
+            }
+            let [a, b, c, d] = rows;
+            let (ab, cd) = (arch::_mm256_unpacklo_epi32(a, b), arch::_mm256_unpacklo_epi32(c, d));
+            let (ab_high, cd_high) = (arch::_mm256_unpackhi_epi32(a, b), arch::_mm256_unpackhi_epi32(c, d));
+            [
+                arch::_mm256_unpacklo_epi64(ab, cd),
+                arch::_mm256_unpackhi_epi64(ab, cd),
+                arch::_mm256_unpacklo_epi64(ab_high, cd_high),
+                arch::_mm256_unpackhi_epi64(ab_high, cd_high),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn one_half(from: From) -> Self::Floats {
+        unsafe {
+            let mut halves = [0i16; 8];
+            for (row, half) in halves.iter_mut().enumerate() {
+                *half = from.two(row);
+            }
+            arch::_mm256_cvtph_ps(std::mem::transmute::<[i16; 8], arch::__m128i>(halves))
+        }
+    }
+}
+
+/// Takes what is unpacked of a block: of each sub-block first the levels, then, in their order, scale and minimum.
+trait Sink<L: Lanes> {
+    /// Elements 4i to 4i + 3 of each row in vector i.
+    unsafe fn levels<F: Format, const N: usize>(&mut self, sub: usize, levels: [L::Ints; N]);
+
+    unsafe fn scale(&mut self, sub: usize, scale: L::Floats, minimum: L::Floats);
+
+    /// The block, of so many sub-blocks of so many elements, is complete.
+    unsafe fn next(&mut self, subs: usize, elements: usize);
+}
+
+/// The place of a block in a panel.
 struct To {
     levels: *mut u8,
     scales: *mut f32,
     minima: *mut f32,
 }
 
-impl To {
-    /// Elements 4 `four` to 4 `four` + 3 of each row.
+impl<L: Lanes> Sink<L> for To {
     #[inline(always)]
-    unsafe fn levels(self, four: usize, levels: arch::__m512i) {
-        unsafe { arch::_mm512_store_si512(self.levels.add(four * 4 * LANES).cast(), levels) }
-    }
-
-    #[inline(always)]
-    unsafe fn scale(self, sub: usize, scale: arch::__m512, minimum: arch::__m512) {
+    unsafe fn levels<F: Format, const N: usize>(&mut self, sub: usize, levels: [L::Ints; N]) {
         unsafe {
-            arch::_mm512_store_ps(self.scales.add(sub * LANES), scale);
-            arch::_mm512_store_ps(self.minima.add(sub * LANES), minimum);
+            for i in 0..N {
+                L::store_ints(self.levels.add((sub * N + i) * 4 * LANES), levels[i]);
+            }
         }
     }
 
-    /// The one scale of a type whose level `zero` means 0.
     #[inline(always)]
-    unsafe fn one_scale(self, d: arch::__m512, zero: f32) {
-        unsafe { self.scale(0, d, arch::_mm512_mul_ps(d, arch::_mm512_set1_ps(zero))) }
+    unsafe fn scale(&mut self, sub: usize, scale: L::Floats, minimum: L::Floats) {
+        unsafe {
+            L::store(self.scales.add(sub * LANES), scale);
+            L::store(self.minima.add(sub * LANES), minimum);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn next(&mut self, subs: usize, elements: usize) {
+        unsafe {
+            self.levels = self.levels.add(subs * elements * LANES);
+            self.scales = self.scales.add(subs * LANES);
+            self.minima = self.minima.add(subs * LANES);
+        }
     }
 }
 
-#[inline(always)]
-unsafe fn and(x: arch::__m512i, mask: i32) -> arch::__m512i {
-    unsafe { arch::_mm512_and_si512(x, arch::_mm512_set1_epi32(mask)) }
+/// Multiplies with T rows of x at once.
+struct Products<L: Lanes, const T: usize, const S: usize> {
+    /// from the block's column on
+    x: Columns<T>,
+    dots: [[L::Ints; T]; 16],
+    totals: [L::Floats; T],
 }
 
-#[inline(always)]
-unsafe fn right(x: arch::__m512i, bits: i32) -> arch::__m512i {
-    unsafe { arch::_mm512_srlv_epi32(x, arch::_mm512_set1_epi32(bits)) }
+impl<L: Lanes, const T: usize, const S: usize> Sink<L> for Products<L, T, S> {
+    #[inline(always)]
+    unsafe fn levels<F: Format, const N: usize>(&mut self, sub: usize, levels: [L::Ints; N]) {
+        unsafe {
+            let mut dots = [L::zero(); T];
+            for i in 0..N {
+                for t in 0..T {
+                    let x = self.x.levels[t].add(sub * S + 4 * i).cast::<i32>().read_unaligned();
+                    dots[t] = L::dot(F::DTYPE, dots[t], levels[i], x);
+                }
+            }
+            self.dots[sub] = dots;
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn scale(&mut self, sub: usize, scale: L::Floats, minimum: L::Floats) {
+        unsafe {
+            for t in 0..T {
+                let scale = L::mul(scale, L::splat(*self.x.scales[t].add(sub * S / GROUP)));
+                let total = L::mul_add(L::floats(self.dots[sub][t]), scale, self.totals[t]);
+                self.totals[t] = L::mul_sub(minimum, L::splat(*self.x.sums[t].add(sub)), total);
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn next(&mut self, subs: usize, elements: usize) {
+        unsafe {
+            for t in 0..T {
+                self.x.levels[t] = self.x.levels[t].add(subs * elements);
+                self.x.scales[t] = self.x.scales[t].add(subs * elements / GROUP);
+                self.x.sums[t] = self.x.sums[t].add(subs);
+            }
+        }
+    }
 }
 
-/// Bit 0 of every byte, and so on, to bit 4.
-#[inline(always)]
-unsafe fn to_fifth(x: arch::__m512i) -> arch::__m512i {
-    unsafe { arch::_mm512_slli_epi32::<4>(x) }
+/// What a type's blocks are.
+trait Format {
+    const DTYPE: Dtype;
+
+    unsafe fn unpack<L: Lanes, S: Sink<L>>(from: From, to: &mut S);
 }
+
+struct Q4Of32;
+struct Q5Of32;
+struct Q8Of32;
+struct K<const FIFTH: bool>;
+struct Q6Of256;
 
 const LOW: i32 = 0x0f0f_0f0f;
 
-// Inlined into the loop over blocks, each of these became dozens of pointers that step along on the stack: half the speed.
+impl Format for Q4Of32 {
+    const DTYPE: Dtype = Dtype::Q4_0;
 
-#[inline(never)]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-unsafe fn q4_0(from: From, to: To) {
-    unsafe {
-        to.one_scale(from.halves(), 8.0);
-        let halves = from.at(2).columns();
-        for i in 0..4 {
-            to.levels(i, and(halves[i], LOW));
-            to.levels(4 + i, and(right(halves[i], 4), LOW));
-        }
-    }
-}
-
-#[inline(never)]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-unsafe fn q5_0(from: From, to: To) {
-    unsafe {
-        to.one_scale(from.halves(), 16.0);
-        let fifth = from.at(2).columns()[0];
-        let halves = from.at(6).columns();
-        for i in 0..8 {
-            // Four bits, one to each byte.
-            let bits = and(right(fifth, 4 * i as i32), 15);
-            let bits = and(arch::_mm512_mullo_epi32(bits, arch::_mm512_set1_epi32(0x0020_4081)), 0x0101_0101);
-            let half = and(right(halves[i % 4], 4 * (i / 4) as i32), LOW);
-            to.levels(i, arch::_mm512_or_si512(half, to_fifth(bits)));
-        }
-    }
-}
-
-#[inline(never)]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-unsafe fn q8_0(from: From, to: To) {
-    unsafe {
-        to.one_scale(from.halves(), 128.0);
-        let sign = arch::_mm512_set1_epi8(-128);
-        for half in 0..2 {
-            let levels = from.at(2 + 16 * half).columns();
+    #[inline(always)]
+    unsafe fn unpack<L: Lanes, S: Sink<L>>(from: From, to: &mut S) {
+        unsafe {
+            from.fetch::<L>(0, 1, 18);
+            let halves = L::columns(from.at(2));
+            let mut levels = [L::zero(); 8];
             for i in 0..4 {
-                to.levels(4 * half + i, arch::_mm512_xor_si512(levels[i], sign));
+                levels[i] = L::and(halves[i], LOW);
+                levels[4 + i] = L::and(L::right(halves[i], 4), LOW);
             }
+            to.levels::<Self, 8>(0, levels);
+            one_scale::<L, S>(to, from, 8.0);
         }
     }
 }
 
-/// `Q5_K` if there are fifth bits, else `Q4_K`.
-#[inline(never)]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-unsafe fn k<const FIFTH: bool>(from: From, to: To) {
+/// The one scale, at the beginning, of a type whose level `zero` means 0.
+#[inline(always)]
+unsafe fn one_scale<L: Lanes, S: Sink<L>>(to: &mut S, from: From, zero: f32) {
     unsafe {
-        let [both, low_scales, low_minima, high] = from.columns();
-        let d = arch::_mm512_cvtph_ps(arch::_mm512_cvtepi32_epi16(both));
-        let dmin = arch::_mm512_cvtph_ps(arch::_mm512_cvtepi32_epi16(right(both, 16)));
+        let d = L::one_half(from);
+        to.scale(0, d, L::mul(d, L::splat(zero)));
+    }
+}
+
+impl Format for Q5Of32 {
+    const DTYPE: Dtype = Dtype::Q5_0;
+
+    #[inline(always)]
+    unsafe fn unpack<L: Lanes, S: Sink<L>>(from: From, to: &mut S) {
+        unsafe {
+            from.fetch::<L>(0, 1, 22);
+            let fifth = L::columns(from.at(2))[0];
+            let halves = L::columns(from.at(6));
+            let mut levels = [L::zero(); 8];
+            for i in 0..8 {
+                // Four bits, one to each byte.
+                let bits = L::and(L::right(fifth, 4 * i as i32), 15);
+                let bits = L::and(L::times(bits, 0x0020_4081), 0x0101_0101);
+                let half = L::and(L::right(halves[i % 4], 4 * (i / 4) as i32), LOW);
+                levels[i] = L::or(half, L::left(bits, 4));
+            }
+            to.levels::<Self, 8>(0, levels);
+            one_scale::<L, S>(to, from, 16.0);
+        }
+    }
+}
+
+impl Format for Q8Of32 {
+    const DTYPE: Dtype = Dtype::Q8_0;
+
+    #[inline(always)]
+    unsafe fn unpack<L: Lanes, S: Sink<L>>(from: From, to: &mut S) {
+        unsafe {
+            let mut levels = [L::zero(); 8];
+            for half in 0..2 {
+                from.fetch::<L>(half, 2, 34);
+                let columns = L::columns(from.at(2 + 16 * half));
+                for i in 0..4 {
+                    levels[4 * half + i] = L::xor(columns[i], 0x8080_8080u32.cast_signed());
+                }
+            }
+            to.levels::<Self, 8>(0, levels);
+            one_scale::<L, S>(to, from, 128.0);
+        }
+    }
+}
+
+impl<const FIFTH: bool> Format for K<FIFTH> {
+    const DTYPE: Dtype = if FIFTH { Dtype::Q5K } else { Dtype::Q4K };
+
+    #[inline(always)]
+    unsafe fn unpack<L: Lanes, S: Sink<L>>(from: From, to: &mut S) {
         const SIX: i32 = 0x3f3f_3f3f;
         const UPPER: i32 = 0x3030_3030;
-        let packed = [
-            [and(low_scales, SIX), and(low_minima, SIX)],
-            [
-                arch::_mm512_or_si512(and(high, LOW), and(right(low_scales, 2), UPPER)),
-                arch::_mm512_or_si512(and(right(high, 4), LOW), and(right(low_minima, 2), UPPER)),
-            ],
-        ];
-        for sub in 0..8 {
-            let [scale, minimum] = packed[sub / 4];
-            let bits = 8 * (sub % 4) as i32;
-            let scale = arch::_mm512_cvtepi32_ps(and(right(scale, bits), 63));
-            let minimum = arch::_mm512_cvtepi32_ps(and(right(minimum, bits), 63));
-            to.scale(sub, arch::_mm512_mul_ps(d, scale), arch::_mm512_mul_ps(dmin, minimum));
-        }
-        let mut fifth = [arch::_mm512_setzero_si512(); 8];
-        if FIFTH {
-            let (first, second) = (from.at(16).columns(), from.at(32).columns());
-            for i in 0..4 {
-                (fifth[i], fifth[4 + i]) = (first[i], second[i]);
+        unsafe {
+            let [both, low_scales, low_minima, high] = L::columns(from);
+            let packed = [
+                [L::and(low_scales, SIX), L::and(low_minima, SIX)],
+                [
+                    L::or(L::and(high, LOW), L::and(L::right(low_scales, 2), UPPER)),
+                    L::or(L::and(L::right(high, 4), LOW), L::and(L::right(low_minima, 2), UPPER)),
+                ],
+            ];
+            let mut fifth = [L::zero(); 8];
+            if FIFTH {
+                let (first, second) = (L::columns(from.at(16)), L::columns(from.at(32)));
+                for i in 0..4 {
+                    (fifth[i], fifth[4 + i]) = (first[i], second[i]);
+                }
             }
+            let scales = [L::halves(both), L::halves(L::right(both, 16))];
+            let block = OfK::<L> { from, scales, packed, fifth };
+            block.pair::<FIFTH, 0, S>(to);
+            block.pair::<FIFTH, 1, S>(to);
+            block.pair::<FIFTH, 2, S>(to);
+            block.pair::<FIFTH, 3, S>(to);
         }
-        let halves = from.at(if FIFTH { 48 } else { 16 });
-        for pair in 0..4 {
+    }
+}
+
+/// A block of `Q4_K` or `Q5_K` whose scales have been read.
+#[derive(Clone, Copy)]
+struct OfK<L: Lanes> {
+    from: From,
+    /// d and dmin
+    scales: [L::Floats; 2],
+    /// scales and minima of sub-blocks 0 to 3, a byte each, and of 4 to 7
+    packed: [[L::Ints; 2]; 2],
+    fifth: [L::Ints; 8],
+}
+
+impl<L: Lanes> OfK<L> {
+    /// Two sub-blocks. Which two they are is known to the compiler, which then shifts by constants and keeps nothing in memory.
+    #[inline(always)]
+    unsafe fn pair<const FIFTH: bool, const PAIR: usize, S: Sink<L>>(self, to: &mut S) {
+        unsafe {
+            self.from.fetch::<L>(PAIR, 4, if FIFTH { 176 } else { 144 });
+            let (mut low, mut high) = ([L::zero(); 8], [L::zero(); 8]);
             for part in 0..2 {
-                let columns = halves.at(32 * pair + 16 * part).columns();
+                let columns = L::columns(self.from.at(if FIFTH { 48 } else { 16 } + 32 * PAIR + 16 * part));
                 for i in 0..4 {
                     let four = 4 * part + i;
-                    let (mut low, mut high) = (and(columns[i], LOW), and(right(columns[i], 4), LOW));
+                    (low[four], high[four]) = (L::and(columns[i], LOW), L::and(L::right(columns[i], 4), LOW));
                     if FIFTH {
-                        let bits = right(fifth[four], 2 * pair as i32);
-                        low = arch::_mm512_or_si512(low, to_fifth(and(bits, 0x0101_0101)));
-                        high = arch::_mm512_or_si512(high, to_fifth(and(right(bits, 1), 0x0101_0101)));
+                        let bits = L::right(self.fifth[four], 2 * PAIR as i32);
+                        low[four] = L::or(low[four], L::left(L::and(bits, 0x0101_0101), 4));
+                        high[four] = L::or(high[four], L::left(L::and(L::right(bits, 1), 0x0101_0101), 4));
                     }
-                    to.levels(16 * pair + four, low);
-                    to.levels(16 * pair + 8 + four, high);
                 }
+            }
+            to.levels::<K<FIFTH>, 8>(2 * PAIR, low);
+            to.levels::<K<FIFTH>, 8>(2 * PAIR + 1, high);
+            for sub in 2 * PAIR..2 * PAIR + 2 {
+                let [scale, minimum] = self.packed[sub / 4];
+                let bits = 8 * (sub % 4) as i32;
+                let scale = L::floats(L::and(L::right(scale, bits), 63));
+                let minimum = L::floats(L::and(L::right(minimum, bits), 63));
+                to.scale(sub, L::mul(self.scales[0], scale), L::mul(self.scales[1], minimum));
             }
         }
     }
 }
 
-#[inline(never)]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-unsafe fn q6_k(from: From, to: To) {
-    unsafe {
-        let d = from.at(208).halves();
-        let scales = from.at(192).columns();
-        for sub in 0..16 {
-            let bits = arch::_mm512_set1_epi32(24 - 8 * (sub % 4) as i32);
-            let scale = arch::_mm512_srai_epi32::<24>(arch::_mm512_sllv_epi32(scales[sub / 4], bits));
-            let scale = arch::_mm512_mul_ps(d, arch::_mm512_cvtepi32_ps(scale));
-            to.scale(sub, scale, arch::_mm512_mul_ps(scale, arch::_mm512_set1_ps(32.0)));
-        }
-        for half in 0..2 {
-            let pairs = from.at(128 + 32 * half);
-            let pairs = [pairs.columns(), pairs.at(16).columns()];
-            for part in 0..4 {
-                let halves = from.at(64 * half + 16 * part).columns();
-                for i in 0..4 {
-                    let pairs = pairs[part % 2][i];
-                    for high in 0..2 {
-                        let run = part / 2 + 2 * high;
-                        let low = and(right(halves[i], 4 * high as i32), LOW);
-                        let upper = and(right(pairs, 2 * run as i32), 0x0303_0303);
-                        to.levels(32 * half + 8 * run + 4 * (part % 2) + i, arch::_mm512_or_si512(low, to_fifth(upper)));
-                    }
-                }
-            }
-        }
-    }
-}
-
-struct Avx2;
-
-impl Integers for Avx2 {
-    const TOKENS: usize = 4;
+impl Format for Q6Of256 {
+    const DTYPE: Dtype = Dtype::Q6K;
 
     #[inline(always)]
-    unsafe fn unpack(dtype: Dtype, rows: Rows16, panel: &mut Panel) {
-        unsafe { blocks::unpack(dtype, rows, panel) }
-    }
-
-    #[inline(always)]
-    unsafe fn tile<const P: usize, const T: usize, const S: usize>(panels: &[Panel; 2], len: usize, x: Columns<T>, sums: *mut f32) {
+    unsafe fn unpack<L: Lanes, S: Sink<L>>(from: From, to: &mut S) {
         unsafe {
-            for half in 0..2 * P {
-                let (panel, lanes) = (&panels[half / 2], half % 2 * 8);
-                let mut totals = [arch::_mm256_setzero_ps(); T];
-                for t in 0..T {
-                    totals[t] = arch::_mm256_loadu_ps(sums.add((2 * t + half / 2) * LANES + lanes));
+            let d = L::one_half(from.at(208));
+            let scales = L::columns(from.at(192));
+            half_of_q6_k::<0, L, S>(from, d, scales, to);
+            half_of_q6_k::<1, L, S>(from, d, scales, to);
+        }
+    }
+}
+
+/// Sub-blocks 8 `HALF` to 8 `HALF` + 7.
+#[inline(always)]
+unsafe fn half_of_q6_k<const HALF: usize, L: Lanes, S: Sink<L>>(from: From, d: L::Floats, scales: [L::Ints; 4], to: &mut S) {
+    unsafe {
+        for part in 0..2 {
+            from.fetch::<L>(2 * HALF + part, 4, 210);
+            let pairs = L::columns(from.at(128 + 32 * HALF + 16 * part));
+            for odd in 0..2 {
+                let halves = L::columns(from.at(64 * HALF + 32 * odd + 16 * part));
+                for high in 0..2 {
+                    let run = odd + 2 * high;
+                    let mut levels = [L::zero(); 4];
+                    for i in 0..4 {
+                        let low = L::and(L::right(halves[i], 4 * high as i32), LOW);
+                        let upper = L::and(L::right(pairs[i], 2 * run as i32), 0x0303_0303);
+                        levels[i] = L::or(low, L::left(upper, 4));
+                    }
+                    to.levels::<Q6Of256, 4>(8 * HALF + 2 * run + part, levels);
                 }
-                for sub in 0..len / S {
-                    let mut dots = [arch::_mm256_setzero_si256(); T];
-                    for four in 0..S / 4 {
-                        let at = ((sub * S / 4 + four) * LANES + lanes) * 4;
-                        let levels = arch::_mm256_loadu_si256(panel.levels.as_ptr().add(at).cast());
-                        // The sum of two products fits 16 bits only for levels below 128.
-                        let top = arch::_mm256_and_si256(levels, arch::_mm256_set1_epi8(-128));
-                        let rest = arch::_mm256_andnot_si256(arch::_mm256_set1_epi8(-128), levels);
+            }
+        }
+        for sub in 8 * HALF..8 * HALF + 8 {
+            let scale = L::signed_right(L::left(scales[sub / 4], 24 - 8 * (sub % 4) as i32), 24);
+            let scale = L::mul(d, L::floats(scale));
+            to.scale(sub, scale, L::mul(scale, L::splat(32.0)));
+        }
+    }
+}
+
+macro_rules! integers {
+    ($lanes:ident, $module:ident, $features:literal, $tokens:literal, $few:literal) => {
+        mod $module {
+            use super::{Dtype, Format, From, K, Q4Of32, Q5Of32, Q6Of256, Q8Of32, Sink, $lanes};
+
+            #[target_feature(enable = $features)]
+            pub(super) unsafe fn unpack<S: Sink<$lanes>>(dtype: Dtype, from: From, blocks: usize, to: &mut S) {
+                unsafe {
+                    match dtype {
+                        Dtype::Q4_0 => each::<Q4Of32, S>(from, blocks, to),
+                        Dtype::Q5_0 => each::<Q5Of32, S>(from, blocks, to),
+                        Dtype::Q8_0 => each::<Q8Of32, S>(from, blocks, to),
+                        Dtype::Q4K => each::<K<false>, S>(from, blocks, to),
+                        Dtype::Q5K => each::<K<true>, S>(from, blocks, to),
+                        _ => each::<Q6Of256, S>(from, blocks, to),
+                    }
+                }
+            }
+
+            #[target_feature(enable = $features)]
+            unsafe fn each<F: Format, S: Sink<$lanes>>(from: From, blocks: usize, to: &mut S) {
+                let ((elements, bytes), sub) = (F::DTYPE.block(), F::DTYPE.sub_block());
+                for block in 0..blocks {
+                    unsafe {
+                        one::<F, S>(from.at(block * bytes), to);
+                        to.next(elements / sub, sub);
+                    }
+                }
+            }
+
+            // Inlined into the loop it becomes dozens of pointers that step along on the stack: half the speed. (rustc heeds this at calls from
+            // functions for the same instructions only.)
+            #[inline(never)]
+            #[target_feature(enable = $features)]
+            unsafe fn one<F: Format, S: Sink<$lanes>>(from: From, to: &mut S) {
+                unsafe { F::unpack::<$lanes, S>(from, to) }
+            }
+        }
+
+        impl Integers for $lanes {
+            const TOKENS: usize = $tokens;
+            const FEW: usize = $few;
+
+            #[inline(always)]
+            unsafe fn unpack(dtype: Dtype, rows: Rows16, panel: &mut Panel) {
+                unsafe {
+                    if rows.there < LANES {
+                        return blocks::unpack(dtype, rows, panel);
+                    }
+                    for lane in (0..LANES).step_by(<$lanes>::ROWS) {
+                        let from = From { data: rows.first.add(lane * rows.stride), stride: rows.stride };
+                        let levels = panel.levels.as_mut_ptr().add(4 * lane);
+                        let (scales, minima) = (panel.scales.as_mut_ptr().add(lane), panel.minima.as_mut_ptr().add(lane));
+                        $module::unpack(dtype, from, rows.blocks, &mut To { levels, scales, minima });
+                    }
+                }
+            }
+
+            #[inline(always)]
+            unsafe fn few<const T: usize, const S: usize>(dtype: Dtype, rows: Rows16, x: Columns<T>, sums: &mut [[f32; LANES]; T]) {
+                unsafe {
+                    for lane in (0..LANES).step_by(<$lanes>::ROWS) {
+                        let from = From { data: rows.first.add(lane * rows.stride), stride: rows.stride };
+                        let zero = <$lanes>::zero();
+                        let mut products = Products::<$lanes, T, S> { x, dots: [[zero; T]; 16], totals: [<$lanes>::splat(0.0); T] };
+                        $module::unpack(dtype, from, rows.blocks, &mut products);
                         for t in 0..T {
-                            let x = arch::_mm256_set1_epi32(x.levels[t].add(sub * S + 4 * four).cast::<i32>().read_unaligned());
-                            let ones = arch::_mm256_set1_epi16(1);
-                            let rest = arch::_mm256_madd_epi16(arch::_mm256_maddubs_epi16(rest, x), ones);
-                            let top = arch::_mm256_madd_epi16(arch::_mm256_maddubs_epi16(top, x), ones);
-                            dots[t] = arch::_mm256_add_epi32(dots[t], arch::_mm256_add_epi32(rest, top));
+                            <$lanes>::store(sums[t].as_mut_ptr().add(lane), products.totals[t]);
                         }
                     }
-                    let scales = arch::_mm256_loadu_ps(panel.scales.as_ptr().add(sub * LANES + lanes));
-                    let minima = arch::_mm256_loadu_ps(panel.minima.as_ptr().add(sub * LANES + lanes));
-                    for t in 0..T {
-                        let scale = arch::_mm256_mul_ps(scales, arch::_mm256_set1_ps(*x.scales[t].add(sub * S / GROUP)));
-                        let total = arch::_mm256_fmadd_ps(arch::_mm256_cvtepi32_ps(dots[t]), scale, totals[t]);
-                        totals[t] = arch::_mm256_fnmadd_ps(minima, arch::_mm256_set1_ps(*x.sums[t].add(sub)), total);
-                    }
+                }
+            }
+
+            #[inline(always)]
+            unsafe fn tile<const P: usize, const T: usize, const S: usize>(
+                dtype: Dtype,
+                panels: &[Panel; 2],
+                len: usize,
+                x: Columns<T>,
+                sums: *mut f32,
+            ) {
+                unsafe { tile::<$lanes, P, T, S>(dtype, panels, len, x, sums) }
+            }
+        }
+    };
+}
+
+integers!(Avx512, avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c", 6, 8);
+integers!(Avx2, avx2, "avx2,fma,f16c", 4, 4);
+
+/// As [`Integers::tile`].
+#[inline(always)]
+unsafe fn tile<L: Lanes, const P: usize, const T: usize, const S: usize>(
+    dtype: Dtype,
+    panels: &[Panel; 2],
+    len: usize,
+    x: Columns<T>,
+    sums: *mut f32,
+) {
+    unsafe {
+        if L::ROWS < LANES {
+            // As many sums as there are registers for.
+            for p in 0..P {
+                for lane in (0..LANES).step_by(L::ROWS) {
+                    lanes::<L, 1, T, S>(dtype, [&panels[p]], [lane, len], x, sums.add(p * LANES + lane));
+                }
+            }
+        } else if P == 2 {
+            lanes::<L, 2, T, S>(dtype, [&panels[0], &panels[1]], [0, len], x, sums);
+        } else {
+            lanes::<L, 1, T, S>(dtype, [&panels[0]], [0, len], x, sums);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn lanes<L: Lanes, const P: usize, const T: usize, const S: usize>(
+    dtype: Dtype,
+    panels: [&Panel; P],
+    [lane, len]: [usize; 2],
+    x: Columns<T>,
+    sums: *mut f32,
+) {
+    unsafe {
+        let mut totals = [[L::splat(0.0); T]; P];
+        for p in 0..P {
+            for t in 0..T {
+                totals[p][t] = L::load(sums.add((2 * t + p) * LANES));
+            }
+        }
+        for sub in 0..len / S {
+            let mut dots = [[L::zero(); T]; P];
+            for four in 0..S / 4 {
+                let at = ((sub * S / 4 + four) * LANES + lane) * 4;
+                let mut levels = [L::zero(); P];
+                for p in 0..P {
+                    levels[p] = L::load_ints(panels[p].levels.as_ptr().add(at));
                 }
                 for t in 0..T {
-                    arch::_mm256_storeu_ps(sums.add((2 * t + half / 2) * LANES + lanes), totals[t]);
+                    let x = x.levels[t].add(sub * S + 4 * four).cast::<i32>().read_unaligned();
+                    for p in 0..P {
+                        dots[p][t] = L::dot(dtype, dots[p][t], levels[p], x);
+                    }
                 }
+            }
+            for p in 0..P {
+                let scales = L::load(panels[p].scales.as_ptr().add(sub * LANES + lane));
+                let minima = L::load(panels[p].minima.as_ptr().add(sub * LANES + lane));
+                for t in 0..T {
+                    let scale = L::mul(scales, L::splat(*x.scales[t].add(sub * S / GROUP)));
+                    let total = L::mul_add(L::floats(dots[p][t]), scale, totals[p][t]);
+                    totals[p][t] = L::mul_sub(minima, L::splat(*x.sums[t].add(sub)), total);
+                }
+            }
+        }
+        for p in 0..P {
+            for t in 0..T {
+                L::store(sums.add((2 * t + p) * LANES), totals[p][t]);
             }
         }
     }
