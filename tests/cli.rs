@@ -260,6 +260,19 @@ fn a_model_becomes_a_gguf_file() {
 }
 
 #[test]
+fn a_benchmark_takes_kernels_by_name() {
+    let base = concat!(env!("CARGO_MANIFEST_DIR"), "/demo/base");
+    let run = |kernels| {
+        let small = ["bench", base, "-p", "4", "-n", "2", "--repeat", "1", "--parallel", "1", "--quantize", "q4_k_m", "--preload"];
+        transcript(tempfile::tempdir().unwrap().path(), &[&small[..], &["--kernels", kernels]].concat())
+    };
+    let plain = run("plain");
+    assert!(plain.contains("exit 0") && plain.contains("cpu: plain, reads [rate]"), "{plain}");
+    let unknown = run("fast");
+    assert!(unknown.contains("exit 2") && unknown.contains("`fast` is none of the kernels that this CPU has: "), "{unknown}");
+}
+
+#[test]
 fn help_names_every_command() {
     assert_snapshot!(with_recipe("", &["--help"]), @"
     $ upcycle --help

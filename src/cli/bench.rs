@@ -1,12 +1,16 @@
 //! `upcycle bench`: how fast a model reads and writes here, and what of the machine that takes.
 
 use anstream::{print, println};
+use candle_core::Device;
 use serde_json::json;
 use upcycle::engine::bench::{self, Load};
-use upcycle_architectures::kernels::{Kernels, peak};
+use upcycle_architectures::{
+    decoder::Decoder,
+    kernels::{Kernels, peak},
+};
 
 use super::{
-    model::{self, DeviceArgs, KvArgs, Precision, QuantizeArgs},
+    model::{self, DeviceArgs, KvArgs, MemoryArgs, Precision, QuantizeArgs},
     recipe,
 };
 
@@ -27,6 +31,9 @@ pub(crate) struct Args {
     /// Times that each is done; medians are shown
     #[arg(long, value_name = "N", default_value_t = 3)]
     repeat: usize,
+    /// Kernels of this CPU's: avx512-bf16, avx512, avx2 or plain; the fastest that it has if not given
+    #[arg(long, value_name = "KIND")]
+    kernels: Option<Kernels>,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -37,6 +44,8 @@ pub(crate) struct Args {
     #[command(flatten)]
     kv: KvArgs,
     #[command(flatten)]
+    memory: MemoryArgs,
+    #[command(flatten)]
     device: DeviceArgs,
 }
 
@@ -44,7 +53,15 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     args.device.set_threads()?;
     let loaded = args.quantize.apply(model::open(&args.model, &args.options, &args.device)?);
     let bytes = bench::bytes(loaded.family, &loaded.config, &*loaded.weights);
-    let decoder = args.kv.decoder(model::load_decoder(&loaded, &args.device, Precision::Fast)?, Precision::Fast)?;
+    let decoder = match args.kernels {
+        Some(kernels) => {
+            let dtype = args.device.dtype(Precision::Fast, &Device::Cpu, &loaded.config);
+            Decoder::load_with(loaded.family, &loaded.config, &*loaded.weights, dtype, kernels)?
+        }
+        None => model::load_decoder(&loaded, &args.device, Precision::Fast)?,
+    };
+    let decoder = args.kv.decoder(decoder, Precision::Fast)?;
+    args.memory.settle(&decoder)?;
     let kernels = decoder.kernels().unwrap_or_else(Kernels::best);
     let (bandwidth, products) = (peak::read_bandwidth(kernels), peak::products(kernels));
     let mut rows = Vec::new();
@@ -61,7 +78,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         return Ok(());
     }
     println!("{}: {:.0} MB of weights, {:.0} MB read per token", loaded.name, bytes.total as f64 / 1e6, bytes.token as f64 / 1e6);
-    println!("cpu: {kernels:?}, reads {:.1} GB/s, multiplies {:.0} GFLOP/s", bandwidth / 1e9, products / 1e9);
+    println!("cpu: {}, reads {:.1} GB/s, multiplies {:.0} GFLOP/s", kernels.name(), bandwidth / 1e9, products / 1e9);
     for (parallel, speed) in rows {
         let prefill = 2.0 * bytes.products as f64 * speed.prefill / products;
         print!("prefill {} tokens: {:.1} tokens/s ({:.0} % of the peak)", args.prompt, speed.prefill, 100.0 * prefill);

@@ -9,7 +9,7 @@ use upcycle_architectures::decoder::{LanguageModel, Memory as _};
 
 use super::{
     compose,
-    model::{self, DeviceArgs, KvArgs, Loaded, Precision},
+    model::{self, DeviceArgs, KvArgs, Loaded, MemoryArgs, Precision},
     ui,
 };
 
@@ -45,6 +45,8 @@ pub(crate) struct GenerationArgs {
     cache_size: Option<u64>,
     #[command(flatten)]
     kv: KvArgs,
+    #[command(flatten)]
+    memory: MemoryArgs,
     /// Look up at most N next tokens in the text so far and check them together; faster where text repeats itself, and the same text; 0 for off
     #[arg(long, value_name = "N", default_value_t = Options::default().lookup)]
     lookup: usize,
@@ -62,11 +64,16 @@ impl GenerationArgs {
             text.template = Some(template.with_context(|| file.display().to_string())?);
         }
         let options = Options { context: self.ctx_size, cache: self.cache_size.map(|size| size as usize), lookup: self.lookup, ..options };
-        Ok(if loaded.experts.is_empty() {
-            start(self.kv.decoder(model::load_decoder(loaded, device, Precision::Fast)?, Precision::Fast)?, text, options)?
+        if loaded.experts.is_empty() {
+            self.start(self.kv.decoder(model::load_decoder(loaded, device, Precision::Fast)?, Precision::Fast)?, text, options)
         } else {
-            start(self.kv.ensemble(model::load_ensemble(loaded, device, Precision::Fast)?, Precision::Fast)?, text, options)?
-        })
+            self.start(self.kv.ensemble(model::load_ensemble(loaded, device, Precision::Fast)?, Precision::Fast)?, text, options)
+        }
+    }
+
+    fn start(&self, model: impl LanguageModel + Send + 'static, text: Text, options: Options) -> anyhow::Result<Engine> {
+        self.memory.settle(&model)?;
+        start(model, text, options)
     }
 
     fn sampling(&self, recommended: &Sampling) -> Sampling {

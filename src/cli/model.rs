@@ -15,7 +15,7 @@ use upcycle::{
 };
 use upcycle_architectures::{
     Config, Family, Weights,
-    decoder::{Decoder, Ensemble, KvType},
+    decoder::{Decoder, Ensemble, KvType, LanguageModel},
 };
 use upcycle_routers::init::Runtime;
 
@@ -133,6 +133,30 @@ impl KvArgs {
     /// The ensemble, keeping them so.
     pub(crate) fn ensemble(&self, ensemble: Ensemble, precision: Precision) -> anyhow::Result<Ensemble> {
         Ok(ensemble.with_kv_type(self.kv_type(precision))?)
+    }
+}
+
+/// Where weights are before the first token.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct MemoryArgs {
+    /// Read all weights before anything else, so that no token waits for the disk
+    #[arg(long)]
+    preload: bool,
+    /// The same, and keep them in memory whatever else wants it (Linux)
+    #[arg(long)]
+    mlock: bool,
+}
+
+impl MemoryArgs {
+    /// Does so.
+    pub(crate) fn settle(&self, model: &impl LanguageModel) -> anyhow::Result<()> {
+        if self.preload || self.mlock {
+            model.preload();
+        }
+        if self.mlock {
+            source::lock().context("cannot lock the weights in memory (`ulimit -l` is how much may be locked)")?;
+        }
+        Ok(())
     }
 }
 

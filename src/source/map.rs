@@ -24,6 +24,14 @@ pub(super) fn map_opened(file: &File) -> io::Result<Bytes> {
     map.map(Bytes::from_owner).map_err(|error| io::Error::new(error.kind(), format!("cannot map `{}`: {error}", file.path().display())))
 }
 
+/// Keeps in memory what has been read of all maps, until the process ends.
+pub fn lock() -> io::Result<()> {
+    #[cfg(target_os = "linux")]
+    return Ok(rustix::mm::mlockall(rustix::mm::MlockAllFlags::CURRENT | rustix::mm::MlockAllFlags::ONFAULT)?);
+    #[cfg(not(target_os = "linux"))]
+    return Err(io::Error::from(io::ErrorKind::Unsupported));
+}
+
 /// A link to nothing, as in a cache of the Hub that was copied in part.
 fn dangling(path: &Path) -> Option<io::Error> {
     let target = fs_err::read_link(path).ok().filter(|_| !path.exists())?;

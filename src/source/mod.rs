@@ -33,6 +33,7 @@ pub use self::{
     extent::{DataFile, Extent},
     hub::Hub,
     licence::{conflict, licence},
+    map::lock,
     sidecar::{eos_ids, sidecar},
 };
 pub(crate) use self::{

@@ -209,6 +209,10 @@ impl LanguageModel for Ensemble {
         self.experts.iter().map(|expert| expert.caches.held()).sum()
     }
 
+    fn preload(&self) {
+        self.experts.iter().for_each(LanguageModel::preload);
+    }
+
     fn forward(&self, steps: &mut [Step<'_, EnsembleCache>], probe: &mut dyn Probe) -> std::result::Result<Tensor, DecoderError> {
         let experts = self.experts.len();
         if let Some(step) = steps.iter().find(|step| step.cache.caches.len() != experts) {

@@ -3,7 +3,10 @@
 //! On a device a matrix is a candle tensor. On the CPU it stays the bytes that the checkpoint holds, usually a memory map: candle would
 //! copy them, and its bf16 matmul widens the whole matrix to f32 on every call. Our own kernels multiply it where it lies.
 
-use std::ops::{Deref, Range};
+use std::{
+    hint::black_box,
+    ops::{Deref, Range},
+};
 
 use bytes::Bytes;
 use candle_core::{DType, Device, Result, Storage, Tensor};
@@ -22,6 +25,9 @@ use crate::{
 
 /// Elements that are widened at a time, on the stack: whole blocks of any type.
 const CHUNK: usize = 1024;
+/// Bytes that are preloaded in a row, and the smallest that a system reads from a file.
+const PIECE: usize = 4 << 20;
+const PAGE: usize = 4096;
 /// Elements of the matrix that are one task of a parallel loop.
 const TASK: usize = 1 << 16;
 
@@ -67,6 +73,13 @@ impl Matrix {
         match self {
             Self::Held(weight) => [weight.dims()[0], weight.dims()[1]],
             Self::Mapped(weight) => weight.shape(),
+        }
+    }
+
+    /// Reads every page of a memory map, so that the system has it at hand.
+    pub fn preload(&self) {
+        if let Self::Mapped(weight) = self {
+            weight.data.par_chunks(PIECE).for_each(|piece| _ = black_box(piece.iter().step_by(PAGE).fold(0, |sum, byte| sum ^ byte)));
         }
     }
 

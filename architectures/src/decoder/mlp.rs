@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Result, Tensor};
 
-use super::matrix::{Direct, Linear, Values};
+use super::matrix::{Direct, Linear, Matrix, Values};
 use crate::{
     config::Activation,
     kernels::product::{self, Job, Operation, Rows},
@@ -16,6 +16,10 @@ pub(super) struct Mlp {
 }
 
 impl Mlp {
+    pub fn matrices(&self) -> impl Iterator<Item = &Matrix> {
+        self.projections.iter().map(|linear| &linear.weight)
+    }
+
     /// x [N, D] -> [N, D]
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.output(&self.hidden(x)?)

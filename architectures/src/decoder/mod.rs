@@ -129,6 +129,9 @@ pub trait LanguageModel {
     /// Runs the new tokens of all sequences. Returns the wanted logits as f32 [rows, V], in the order of `steps`.
     fn forward(&self, steps: &mut [Step<'_, Self::Cache>], probe: &mut dyn Probe) -> std::result::Result<Tensor, DecoderError>;
 
+    /// Reads all weights that are memory maps, so that no token waits for a disk.
+    fn preload(&self);
+
     /// The expert that answers a sequence as a whole, or is most likely to; `None` where there is no such choice.
     fn answering(&self, _cache: &Self::Cache) -> Option<usize> {
         None
@@ -219,6 +222,10 @@ impl LanguageModel for Decoder {
 
     fn held(&self) -> usize {
         self.caches.held()
+    }
+
+    fn preload(&self) {
+        self.matrices().into_iter().for_each(Matrix::preload);
     }
 
     fn forward(&self, steps: &mut [Step<'_>], probe: &mut dyn Probe) -> std::result::Result<Tensor, DecoderError> {
@@ -408,6 +415,20 @@ impl Decoder {
     /// The model's config.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// All weight matrices, in the order in which a pass reads them.
+    fn matrices(&self) -> Vec<&Matrix> {
+        let mut all = vec![&self.embedding];
+        for Layer { attention: Attention { q, k, v, o, .. }, mlp, .. } in &self.layers {
+            all.extend([q, k, v, o].map(|linear| &linear.weight));
+            match mlp {
+                LayerMlp::Dense(mlp) => all.extend(mlp.matrices()),
+                LayerMlp::Sparse(sparse) => all.extend(sparse.matrices()),
+            }
+        }
+        all.push(&self.head);
+        all
     }
 
     /// The CPU's kernels that it multiplies with; `None` where candle does.

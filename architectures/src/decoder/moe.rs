@@ -60,6 +60,11 @@ pub(super) struct Sparse {
 }
 
 impl Sparse {
+    /// But for the router's, which are small.
+    pub fn matrices(&self) -> impl Iterator<Item = &Matrix> {
+        self.experts.iter().chain(self.shared.iter().map(|(expert, _)| expert)).flat_map(Mlp::matrices)
+    }
+
     /// x [N, D] -> [N, D]; `steering` is that of each row, or empty where none is steered.
     pub fn forward(
         &self,
