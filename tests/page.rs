@@ -6,7 +6,10 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use upcycle::engine::Options;
 
-use crate::{serve::Running, support::browser::Page};
+use crate::{
+    serve::Running,
+    support::{browser::Page, engines::composite},
+};
 
 const ASK: &str = "document.querySelector('#prompt').focus()";
 const IDLE: &str = "!document.querySelector('#send.busy')";
@@ -291,6 +294,78 @@ fn errors_are_in_the_servers_words_and_a_key_is_asked_for() {
     page.wait("document.querySelector('.error')");
     assert_eq!(page.text("document.querySelector('.error p').textContent"), "The connection ended before the answer did.");
     assert_eq!(page.text(ANSWER), "half");
+    kept_to_itself(&mut page, &server);
+}
+
+#[test]
+fn experts_are_seen_and_steered() {
+    let server = Running::over(composite(Options::default()));
+    let Some(mut page) = visit(&server) else { return };
+    page.wait("document.querySelector('#heat')");
+    let names = page.eval("[...document.querySelectorAll('.experts b')].map(name => name.textContent)");
+    assert_eq!(names, json!(["code", "bible", "german", "math"]));
+    assert_eq!(page.eval("[...document.querySelectorAll('#legend li')].map(name => name.textContent)"), names);
+    page.wait("document.querySelector('#heat').textContent === 'Nothing has been routed yet.'");
+    set(&mut page, "sampling-temperature", "0");
+    set(&mut page, "sampling-max_tokens", "16");
+    let answer = |page: &mut Page, before: &str| {
+        page.eval(before);
+        page.click("#new");
+        say(page, "Compute 12 + 30.");
+        page.wait(&format!("document.querySelector('article.assistant') && {IDLE}"));
+        let body = page.bodies("/v1/chat/completions").pop().unwrap();
+        let steering = ["expert_bias", "mask_experts", "force_experts", "experts_per_token"].map(|field| body[field].clone());
+        (steering, page.text("document.querySelector('.facts').textContent"))
+    };
+    let button = |expert: &str| format!("document.querySelector(\"[aria-label='{expert}']\").click()");
+    let nothing = Value::Null;
+
+    let (steering, plain) = answer(&mut page, "");
+    assert_eq!(steering, [&nothing; 4].map(Clone::clone));
+    assert!(plain.contains(" %, ") && plain.contains("16 tokens"), "several spoke: {plain}");
+    // Every character of the answer has its speaker, and colours change no text.
+    let coloured = "[...document.querySelectorAll('.assistant .tok')].map(token => token.textContent).join('')";
+    let text = page.text(ANSWER);
+    assert_eq!(page.text(coloured), text);
+    page.click("#colours");
+    assert_eq!((page.text(coloured), page.text(ANSWER)), (String::new(), text));
+    page.click("#colours");
+    let layers = server.get("/v1/experts").ok()["layers"].as_array().unwrap().len();
+    page.wait(&format!("document.querySelectorAll('#heat td').length === {}", 4 * layers));
+
+    let (steering, facts) = answer(&mut page, &button("Choose only german"));
+    assert_eq!(steering, [nothing.clone(), nothing.clone(), json!(["german"]), nothing.clone()]);
+    assert!(facts.starts_with("german 100 % · "), "{facts}");
+    page.eval(&button("Choose only german"));
+    let (steering, facts) = answer(&mut page, &button("Never choose math"));
+    assert_eq!(steering, [nothing.clone(), json!(["math"]), nothing.clone(), nothing.clone()]);
+    assert!(!facts.contains("math"), "{facts}");
+    page.eval("document.querySelector(\"[aria-label='Bias of bible']\").focus()");
+    page.press("ArrowRight");
+    let (steering, _) = answer(&mut page, "");
+    assert_eq!(steering[0], json!({"bible": 0.5}));
+    set(&mut page, "experts-per-token", "1");
+    let (steering, _) = answer(&mut page, "");
+    assert_eq!(steering[3], json!(1));
+    page.reload();
+    page.wait("document.querySelector('#heat')");
+    assert_eq!(page.eval("document.querySelector('[aria-pressed=true]').getAttribute('aria-label')"), json!("Never choose math"));
+    set(&mut page, "experts-per-token", "9");
+    page.eval(ASK);
+    page.write("a");
+    page.press("Enter");
+    page.wait("document.querySelector('.error')");
+    let words = server.chat(&json!({"experts_per_token": 9})).error().2;
+    assert_eq!(page.text("document.querySelector('.error p').textContent"), words);
+    let reset = "[...document.querySelectorAll('#experts button')].at(-1).click()";
+    let (steering, facts) = answer(&mut page, reset);
+    assert_eq!((steering, facts.split(" · ").next()), ([&nothing; 4].map(Clone::clone), plain.split(" · ").next()));
+
+    page.click("#toggle-controls");
+    let polls = |page: &mut Page| page.asked().iter().filter(|asked| asked.url.contains("/v1/experts")).count();
+    let before = polls(&mut page);
+    std::thread::sleep(Duration::from_millis(2500));
+    assert_eq!(polls(&mut page), before, "nobody sees the load");
     kept_to_itself(&mut page, &server);
 }
 

@@ -75,7 +75,7 @@ impl Running {
     }
 
     /// Over an engine that is made already.
-    fn over(engine: Engine) -> Self {
+    pub(crate) fn over(engine: Engine) -> Self {
         let engine = Mutex::new(Some(engine));
         let load = move || engine.lock().unwrap().take().ok_or_else(|| "it was there once".to_owned());
         let entry = Entry { name: "math".into(), place: "math".into(), load: Box::new(load) };
@@ -92,7 +92,7 @@ impl Running {
         format!("http://{}/", self.address)
     }
 
-    fn get(&self, path: &str) -> Answer {
+    pub(crate) fn get(&self, path: &str) -> Answer {
         finish(send(self.address, "GET", path, b""))
     }
 

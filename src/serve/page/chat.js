@@ -121,9 +121,9 @@ function take(message, chunk) {
   if (chunk.usage) message.usage = chunk.usage.completion_tokens;
   const [choice] = chunk.choices;
   if (!choice) return;
-  const at = message.content.length;
-  message.content += choice.delta?.content ?? "";
-  if (choice.experts) noteTokens(message, choice.experts, at);
+  const piece = choice.delta?.content ?? "";
+  if (choice.experts) noteTokens(message, choice.experts, piece, message.content.length);
+  message.content += piece;
   if (choice.finish_reason) message.finish = choice.finish_reason;
 }
 

@@ -4,6 +4,8 @@ const experts = {
   // of the model that is picked; none if it is dense
   names: [],
   perToken: null,
+  // whether one expert has a whole text
+  whole: false,
   // by name: the elements that show its load
   rows: new Map(),
 };
@@ -37,6 +39,7 @@ async function openExperts() {
   const answer = await expertsNow();
   experts.names = (answer?.experts ?? []).map(expert => expert.name);
   experts.perToken = answer?.experts_per_token ?? null;
+  experts.whole = answer?.layers?.length === 1;
   drawExperts();
   drawLegend();
   if (answer) showLoad(answer);
@@ -73,15 +76,16 @@ function drawExperts() {
     drawExperts();
     refreshLoad();
   } }, "Let the routers decide");
-  box.replaceChildren(
+  box.replaceChildren(...[
     el("h2", {}, "Experts"),
-    el("p", {}, "A bias is added to what the routers give an expert, in every layer."),
+    el("p", {}, experts.whole ? "One expert has each text. A bias is added to what its words say for an expert."
+      : "A bias is added to what the routers give an expert, in every layer."),
     el("ul", { class: "experts" }, ...experts.names.map(expertRow)),
-    el("div", { class: "row" }, el("label", { for: "experts-per-token" }, "Experts per token"), k),
+    !experts.whole && el("div", { class: "row" }, el("label", { for: "experts-per-token" }, "Experts per token"), k),
     el("div", { class: "row" }, reset),
-    el("h3", {}, "Load by layer"),
+    el("h3", {}, experts.whole ? "Load" : "Load by layer"),
     el("div", { id: "heat", role: "img" }),
-  );
+  ].filter(Boolean));
 }
 
 function expertRow(name, e) {
@@ -97,7 +101,7 @@ function expertRow(name, e) {
     ondblclick: () => { bias.value = 0; bias.dispatchEvent(new Event("input")); },
   });
   const toggle = (list, label, title) => {
-    const button = el("button", { type: "button", class: "toggle", "aria-pressed": own[list].includes(name), "aria-label": `${title} ${name}`, title: `${title} ${name}`, onclick: () => {
+    const button = el("button", { type: "button", class: "toggle", "aria-pressed": String(own[list].includes(name)), "aria-label": `${title} ${name}`, title: `${title} ${name}`, onclick: () => {
       const on = !own[list].includes(name);
       own[list] = on ? [...own[list], name] : own[list].filter(other => other !== name);
       button.setAttribute("aria-pressed", on);
@@ -134,7 +138,7 @@ function showLoad({ layers, tokens }) {
     share.textContent = tokens ? percent(means[e]) : "";
   });
   if (!tokens) return heat.replaceChildren(el("p", {}, "Nothing has been routed yet."));
-  if (layers.length < 2) return heat.replaceChildren(el("p", {}, "Each text has one expert, in all layers."));
+  if (experts.whole) return heat.replaceChildren(el("p", {}, `${tokens.toLocaleString()} tokens so far; bars show the last few thousand.`));
   heat.setAttribute("aria-label", `Share of the choices of late: ${experts.names.map((name, e) => `${name} ${percent(means[e])}`).join(", ")}`);
   // No expert can have more than a K-th of the choices: that is the full colour.
   const k = experts.perToken ?? 1;
@@ -163,13 +167,22 @@ function drawLegend() {
     el("ul", {}, ...experts.names.map((name, e) => el("li", {}, el("i", { class: "dot", "--c": colourOf(e) }), name))));
 }
 
-// Notes who spoke the tokens of text that begins at `at` in a message: [where, how long, percents by expert].
-function noteTokens(message, spoken, at) {
+// Notes who spoke a piece of a message that begins at `at`: [where, how long, percents by expert] of each token.
+//
+// What is spelled otherwise than it reads, as part of a character or a space that the beginning of a text loses, has what its neighbours leave.
+function noteTokens(message, spoken, piece, at) {
   message.tokens ??= [];
+  let from = 0, unplaced = null;
   for (const { text, share } of spoken) {
-    if (text) message.tokens.push([at, text.length, share.map(part => Math.round(part * 100))]);
-    at += text.length;
+    const shares = share.map(part => Math.round(part * 100));
+    const found = text ? piece.indexOf(text, from) : -1;
+    if (found < 0 || (found > from && !unplaced)) { unplaced = shares; continue; }
+    if (found > from) message.tokens.push([at + from, found - from, unplaced]);
+    message.tokens.push([at + found, text.length, shares]);
+    from = found + text.length;
+    unplaced = null;
   }
+  if (unplaced && from < piece.length) message.tokens.push([at + from, piece.length - from, unplaced]);
 }
 
 // Gives runs of a message's text the colours of those who spoke; undefined if nobody knows.
