@@ -23,6 +23,7 @@ pub const VARIABLES: &[(&str, &str)] = &[
     ("HUGGINGFACE_HUB_CACHE", "older name of HF_HUB_CACHE"),
     ("HF_HOME", "directory of everything of the Hub's: cache in hub/, token in token"),
     ("XDG_CACHE_HOME", "HF_HOME is huggingface/ in it, if not set"),
+    ("XDG_STATE_HOME", "what is written in `chat` is remembered in upcycle/ in it; ~/.local/state if not set"),
     ("HF_TOKEN", "token for private and gated models"),
     ("HUGGING_FACE_HUB_TOKEN", "older name of HF_TOKEN"),
     ("HF_TOKEN_PATH", "file that holds the token"),
@@ -37,6 +38,12 @@ pub fn cache() -> PathBuf {
     let path = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let user = || path("XDG_CACHE_HOME").unwrap_or_else(|| env::home_dir().unwrap_or_default().join(".cache"));
     path(CACHE).unwrap_or_else(|| user().join("upcycle"))
+}
+
+/// Where what people wrote is remembered: `upcycle/` in the user's state directory.
+pub fn state() -> PathBuf {
+    let path = env::var_os("XDG_STATE_HOME").filter(|value| !value.is_empty()).map(PathBuf::from);
+    path.unwrap_or_else(|| env::home_dir().unwrap_or_default().join(".local/state")).join("upcycle")
 }
 
 /// The Hub as the environment describes it.

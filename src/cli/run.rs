@@ -62,31 +62,33 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         text.chat_prompt(&messages, &Map::new())?
     };
     let sampling = text.sampling.clone();
-    print(&engine, &loaded, Request { prompt, sampling, max_tokens: Some(args.max_tokens), stop: args.stop, ..Request::default() })?;
-    Ok(())
+    print(&engine, &loaded, Request { prompt, sampling, max_tokens: Some(args.max_tokens), stop: args.stop, ..Request::default() })
 }
 
-/// Prints the text to stdout as it comes and returns it.
-pub(super) fn print(engine: &Engine, loaded: &Loaded, request: Request) -> anyhow::Result<String> {
+/// Prints the text to stdout as it comes.
+fn print(engine: &Engine, loaded: &Loaded, request: Request) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
-    let mut text = String::new();
+    let mut ends_a_line = false;
     let mut written = Ok(());
     let finish = engine.stream(request, |piece| {
-        text.push_str(piece);
+        ends_a_line = piece.ends_with('\n');
         written = out.write_all(piece.as_bytes()).and_then(|()| out.flush());
         if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     })?;
     written?;
-    if !text.ends_with('\n') {
+    if !ends_a_line {
         writeln!(out)?;
     }
-    if let Some(finish) = finish {
-        tracing::debug!("{}", statistics(&finish));
-        if let Some(expert) = loaded.expert(finish.expert) {
-            tracing::debug!("answered by {expert}");
-        }
+    finish.iter().for_each(|finish| report(loaded, finish));
+    Ok(())
+}
+
+/// Says how an answer was made.
+pub(super) fn report(loaded: &Loaded, finish: &Finish) {
+    tracing::debug!("{}", statistics(finish));
+    if let Some(expert) = loaded.expert(finish.expert) {
+        tracing::debug!("answered by {expert}");
     }
-    Ok(text)
 }
 
 fn statistics(finish: &Finish) -> String {

@@ -16,6 +16,7 @@ mod stops;
 pub mod template;
 pub mod tokenizer;
 mod told;
+mod wishes;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -47,6 +48,7 @@ pub use self::{
     template::{Chat, ChatTemplate, TemplateError},
     tokenizer::{Specials, Tokenizer, TokenizerError},
     told::{Tell, Token},
+    wishes::{WishError, Wishes},
 };
 use crate::source::Sidecar;
 pub use upcycle_routers::route::Steering;

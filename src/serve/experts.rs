@@ -10,7 +10,7 @@ use axum::{
 use serde_json::{Value, json};
 
 use super::{Server, Which, blocking, error::ApiError};
-use crate::engine::{Engine, EngineError, Experts, Steering, experts::LayerLoads};
+use crate::engine::{self, Engine, EngineError, Experts, Steering, WishError, experts::LayerLoads};
 
 /// What a request wishes of experts.
 #[derive(Debug, Default)]
@@ -45,42 +45,22 @@ impl Wishes<'_> {
     pub(super) fn steering(&self, engine: &Engine) -> Result<Option<Steering>, ApiError> {
         let Some(field) = self.first() else { return Ok(None) };
         let experts = engine.experts().ok_or_else(|| ApiError::invalid(field, EngineError::Dense.to_string()))?;
-        let choice = experts.choice();
-        let most = if choice.whole { 1 } else { choice.experts };
-        if let Some(k) = self.per_token.filter(|k| !(1..=most).contains(k)) {
-            let message = if choice.whole {
-                "one expert answers each sequence here: `experts_per_token` can only be 1".to_owned()
-            } else {
-                format!("`experts_per_token` is {k}, expected 1 to {most}")
-            };
-            return Err(ApiError::invalid("experts_per_token", message));
-        }
-        let mut bias = vec![0.0; choice.experts];
+        let mut wishes = engine::Wishes { per_token: self.per_token, ..engine::Wishes::default() };
         for (name, &by) in self.bias.into_iter().flatten() {
             if !by.is_finite() {
                 return Err(ApiError::invalid("expert_bias", format!("`expert_bias` of `{name}` is {by}, expected a number")));
             }
-            bias[find(experts, "expert_bias", name)?] += by;
+            *wishes.bias.entry(find(experts, "expert_bias", name)?).or_default() += by;
         }
         let named = |field: &'static str, list: Option<&[Value]>| {
             let list = list.unwrap_or_default().iter();
-            list.map(|expert| find(experts, field, &name(field, expert)?)).collect::<Result<Vec<usize>, ApiError>>()
+            list.map(|expert| find(experts, field, &name(field, expert)?)).collect::<Result<_, ApiError>>()
         };
-        let (mask, force) = (named("mask_experts", self.mask)?, named("force_experts", self.force)?);
-        let mut left = 0;
-        for (e, bias) in bias.iter_mut().enumerate() {
-            if mask.contains(&e) || !(force.is_empty() || force.contains(&e)) {
-                *bias = f32::NEG_INFINITY;
-            } else {
-                left += 1;
-            }
-        }
-        if left == 0 {
-            return Err(ApiError::invalid("mask_experts", "`mask_experts` leaves no expert to choose"));
-        }
-        // What changes nothing is no steering: its prefixes can be shared.
-        bias.truncate(bias.iter().rposition(|bias| *bias != 0.0).map_or(0, |last| last + 1));
-        Ok(Some(Steering { bias, top_k: self.per_token.filter(|k| *k != choice.top_k) }))
+        (wishes.mask, wishes.force) = (named("mask_experts", self.mask)?, named("force_experts", self.force)?);
+        wishes.steering(experts.choice()).map_err(|error| {
+            let field = if error == WishError::Nobody { "mask_experts" } else { "experts_per_token" };
+            ApiError::invalid(field, error.to_string())
+        })
     }
 }
 
