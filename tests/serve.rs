@@ -2,8 +2,10 @@
 #![cfg(feature = "serve")]
 
 mod command;
+mod embeddings;
 mod experts;
 mod guard;
+mod logprobs;
 mod metrics;
 mod models;
 mod ollama;
@@ -319,8 +321,9 @@ fn mistakes_are_named() {
         (json!({"n": 1000}), "n"),
         (json!({"max_tokens": 0}), "max_tokens"),
         (json!({"stop": 3}), "stop"),
-        (json!({"logprobs": 2}), "logprobs"),
-        (json!({"echo": true}), "echo"),
+        (json!({"logprobs": 21}), "logprobs"),
+        (json!({"suffix": "x"}), "suffix"),
+        (json!({"best_of": 2, "n": 3}), "best_of"),
         (json!({"prompt": {}}), "prompt"),
         (json!({"prompt": ""}), "prompt"),
         (json!({"prompt": [999_999]}), "prompt"),

@@ -1,9 +1,8 @@
-//! Which experts are chosen: counted over all that the engine reads and writes, and recorded for tokens whose requests ask for it.
+//! The experts of a model: what they are called, and how often they are chosen in all that the engine reads and writes.
 
 use std::sync::{Mutex, PoisonError};
 
-use upcycle_architectures::decoder::{Choice, Probe};
-use upcycle_routers::route::Routing;
+use upcycle_architectures::decoder::Choice;
 
 /// Tokens after which a choice counts 1/e of a new one among the recent ones.
 const MEMORY: f64 = 4096.0;
@@ -35,9 +34,6 @@ pub struct LayerLoads {
     /// the same where the past fades, [E]: mostly that of the last 4096 tokens
     pub recent: Vec<f64>,
 }
-
-/// The experts chosen for a token and their weights, of each layer that has a router.
-pub type Chosen = Vec<Vec<(u32, f32)>>;
 
 impl Experts {
     /// Of a model with this choice, called `names` if there are as many; by their numbers else.
@@ -71,7 +67,7 @@ impl Experts {
     }
 
     /// Adds a pass over so many tokens: counts [layer][E].
-    fn count(&self, tokens: usize, counts: &[Vec<u64>]) {
+    pub(super) fn count(&self, tokens: usize, counts: &[Vec<u64>]) {
         let mut loads = self.loads.lock().unwrap_or_else(PoisonError::into_inner);
         loads.tokens += tokens as u64;
         let fade = (-(tokens as f64) / MEMORY).exp();
@@ -80,47 +76,6 @@ impl Experts {
                 *choices += count;
                 *recent = *recent * fade + *count as f64;
             }
-        }
-    }
-}
-
-/// Looks at the choices of one pass.
-pub(super) struct Watch<'a> {
-    experts: Option<&'a Experts>,
-    /// of this pass, [layer][E]
-    counts: Vec<Vec<u64>>,
-    /// rows whose choices are recorded
-    rows: Vec<usize>,
-    /// theirs
-    chosen: Vec<Chosen>,
-}
-
-impl<'a> Watch<'a> {
-    /// Counts the choices of all rows and records those of `rows`.
-    pub(super) fn new(experts: Option<&'a Experts>, rows: Vec<usize>) -> Self {
-        let counts = experts.map_or_else(Vec::new, |experts| vec![vec![0; experts.names.len()]; experts.choice.layers.len()]);
-        Self { experts, counts, chosen: vec![Chosen::new(); rows.len()], rows }
-    }
-
-    /// Adds what was counted, over so many tokens, to what was before; returns what was recorded, row by row.
-    pub(super) fn finish(self, tokens: usize) -> Vec<Chosen> {
-        if let Some(experts) = self.experts {
-            experts.count(tokens, &self.counts);
-        }
-        self.chosen
-    }
-}
-
-impl Probe for Watch<'_> {
-    fn route(&mut self, layer: usize, _: &[f32], routing: &mut Routing) {
-        let Some(layer) = self.experts.and_then(|experts| experts.choice.layers.binary_search(&layer).ok()) else { return };
-        for (&expert, _) in routing.experts.iter().zip(&routing.weights).filter(|(_, weight)| **weight > 0.0) {
-            self.counts[layer][expert as usize] += 1;
-        }
-        for (&row, chosen) in self.rows.iter().zip(&mut self.chosen) {
-            let own = row * routing.top_k..(row + 1) * routing.top_k;
-            let choices = routing.experts[own.clone()].iter().copied().zip(routing.weights[own].iter().copied());
-            chosen.push(choices.filter(|(_, weight)| *weight > 0.0).collect());
         }
     }
 }
@@ -142,24 +97,17 @@ mod tests {
     }
 
     #[test]
-    fn choices_are_counted_and_recorded_but_not_those_without_weight() {
+    fn long_after_only_the_new_choices_are_recent() {
         let experts = experts(&[]);
-        let mut watch = Watch::new(Some(&experts), vec![1]);
-        let routing = Routing { top_k: 2, experts: vec![0, 1, 2, 2], weights: vec![0.75, 0.25, 1.0, 0.0] };
-        watch.route(0, &[], &mut routing.clone());
-        watch.route(2, &[], &mut Routing { experts: vec![1, 2, 1, 0], weights: vec![0.5; 4], ..routing });
-        assert_eq!(watch.finish(2), [vec![vec![(2, 1.0)], vec![(1, 0.5), (0, 0.5)]]]);
-        let loads = experts.loads();
-        assert_eq!(loads.tokens, 2);
+        experts.count(2, &[vec![2, 1, 1], vec![0, 4, 0]]);
+        experts.count(100_000, &[vec![1, 0, 0], vec![0, 0, 0]]);
+        let Loads { tokens, layers } = experts.loads();
+        assert_eq!(tokens, 100_002);
         assert_eq!(
-            loads.layers.iter().map(|layer| (layer.layer, layer.choices.clone())).collect::<Vec<_>>(),
-            [(0, vec![1, 1, 1]), (2, vec![1, 2, 1])]
+            layers.iter().map(|layer| (layer.layer, layer.choices.clone())).collect::<Vec<_>>(),
+            [(0, vec![3, 1, 1]), (2, vec![0, 4, 0])]
         );
-        // Long after, only the new choices are recent ones.
-        let mut watch = Watch::new(Some(&experts), Vec::new());
-        watch.route(0, &[], &mut Routing { top_k: 1, experts: vec![0], weights: vec![1.0] });
-        watch.finish(100_000);
-        let recent = &experts.loads().layers[0].recent;
+        let recent = &layers[0].recent;
         assert!((recent[0] - 1.0).abs() < 1e-6 && recent[1] < 1e-6, "{recent:?}");
     }
 }

@@ -16,6 +16,7 @@ mod stops;
 pub mod template;
 pub mod tokenizer;
 mod told;
+mod watch;
 mod wishes;
 
 use std::{
@@ -39,6 +40,7 @@ use self::{
     scheduler::{Desk, Gauges, Job, Limits, Ticket},
     stops::Stops,
     tokenizer::TextStream,
+    told::Reading,
 };
 pub use self::{
     constraint::{Constraint, ConstraintError, Grammar},
@@ -48,6 +50,7 @@ pub use self::{
     template::{Chat, ChatTemplate, TemplateError},
     tokenizer::{Specials, Tokenizer, TokenizerError},
     told::{Tell, Token},
+    watch::Chosen,
     wishes::{WishError, Wishes},
 };
 use crate::source::Sidecar;
@@ -124,15 +127,35 @@ impl Text {
     }
 }
 
+/// What to do with a prompt.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Task {
+    /// to go on from it
+    #[default]
+    Continue,
+    /// to say it again first
+    Echo,
+    /// to say nothing: [`Finish::embedding`] is wanted
+    Embed,
+}
+
 /// What to generate.
 #[derive(Debug, Clone, Default)]
 pub struct Request {
     /// tokens to go on from
     pub prompt: Vec<u32>,
+    /// what to do with them
+    pub task: Task,
     /// how tokens are chosen
     pub sampling: Sampling,
-    /// tokens to generate at most; up to the context limit if not given
+    /// tokens to generate at most, none only behind an echo; up to the context limit if not given
     pub max_tokens: Option<usize>,
+    /// tokens before which none ends the text
+    pub min_tokens: usize,
+    /// whether the model cannot end the text
+    pub ignore_eos: bool,
+    /// tokens that end the text besides those of the model
+    pub stop_tokens: Vec<u32>,
     /// strings that end the text and are not part of it
     pub stop: Vec<String>,
     /// what the text may be; of [`Engine::constraint`]
@@ -160,7 +183,7 @@ pub enum Event {
 }
 
 /// How a text ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Finish {
     /// why
     pub reason: FinishReason,
@@ -170,6 +193,10 @@ pub struct Finish {
     pub cached_tokens: usize,
     /// sampled tokens, the one that ended the text among them
     pub completion_tokens: usize,
+    /// the logarithm of their probability, where that of each is told
+    pub logprob: f64,
+    /// the mean of the last hidden states of the prompt's tokens, [D], where it is wanted
+    pub embedding: Option<Vec<f32>>,
     /// from the start of the request's first pass to its first token
     pub prefill: Duration,
     /// from the first token to the last
@@ -229,6 +256,9 @@ pub enum EngineError {
     /// wishes about experts where there are none
     #[error("the model is dense: it has no experts to choose from")]
     Dense,
+    /// hidden states that are not of one kind
+    #[error("one of several whole models answers here: they have no embeddings in common")]
+    Whole,
     /// no room for a token
     #[error("the prompt has {prompt} tokens, but the context holds {context}, at least one of them for the answer")]
     Context {
@@ -306,7 +336,7 @@ impl Engine {
         let (abort, gauges) = (Arc::new(AtomicBool::new(false)), Arc::<Gauges>::default());
         let ends: BTreeSet<u32> = text.tokenizer.eos().iter().copied().chain(text.turn_end()).collect();
         let experts = model.choice().map(|choice| Arc::new(Experts::new(choice, text.experts.clone())));
-        let desk = Desk { limits, ends: ends.clone(), experts: experts.clone(), inbox, abort: abort.clone(), gauges: gauges.clone() };
+        let desk = Desk { limits, experts: experts.clone(), inbox, abort: abort.clone(), gauges: gauges.clone() };
         let thread = std::thread::Builder::new().name("engine".into()).spawn(move || scheduler::run(&model, &desk));
         Ok(Self {
             text,
@@ -388,7 +418,7 @@ impl Engine {
     /// Hands in a request. Dropping the receiver cancels it.
     pub fn submit(&self, request: Request) -> Result<UnboundedReceiver<Event>, EngineError> {
         request.sampling.check()?;
-        if request.max_tokens == Some(0) {
+        if request.max_tokens == Some(0) && request.task == Task::Continue {
             return Err(SamplingError { parameter: "max_tokens", found: 0.0, expected: "at least 1" }.into());
         }
         if request.prompt.is_empty() {
@@ -396,6 +426,9 @@ impl Engine {
         }
         if request.prompt.len() >= self.context {
             return Err(EngineError::Context { prompt: request.prompt.len(), context: self.context });
+        }
+        if request.task == Task::Embed && self.experts().is_some_and(|experts| experts.choice().whole) {
+            return Err(EngineError::Whole);
         }
         if let Some(&token) = request.prompt.iter().find(|&&token| token as usize >= self.vocab) {
             return Err(EngineError::Token { token, vocab: self.vocab });
@@ -412,9 +445,13 @@ impl Engine {
             return Err(EngineError::Busy { waiting });
         }
         let (events, receiver) = unbounded_channel();
-        let room = self.context - request.prompt.len();
+        let room = if request.task == Task::Embed { 0 } else { self.context - request.prompt.len() };
         let job = Job {
             max_tokens: request.max_tokens.map_or(room, |max| max.min(room)),
+            reading: self.reading(request.task, &request.prompt)?,
+            min_tokens: request.min_tokens,
+            never: if request.ignore_eos { self.ends.clone() } else { BTreeSet::new() },
+            ends: self.ends.iter().copied().chain(request.stop_tokens).collect(),
             sampler: sampling::Sampler::new(request.sampling, &request.prompt),
             text: TextStream::new(self.text.tokenizer.clone(), &request.prompt)?,
             stops: Stops::new(request.stop),
@@ -428,6 +465,23 @@ impl Engine {
         };
         self.inbox.as_ref().and_then(|inbox| inbox.send(job).ok()).ok_or(EngineError::Stopped)?;
         Ok(receiver)
+    }
+
+    /// What becomes of a prompt's tokens.
+    fn reading(&self, task: Task, prompt: &[u32]) -> Result<Reading, EngineError> {
+        Ok(match task {
+            Task::Continue => Reading::Plain,
+            Task::Embed => Reading::Embed(Vec::new()),
+            Task::Echo => {
+                let mut text = TextStream::new(self.text.tokenizer.clone(), &[])?;
+                let token = |&id: &u32| text.push(id).map(|piece| (Token { id, ..Token::default() }, piece));
+                let mut tokens = prompt.iter().map(token).collect::<Result<Vec<_>, _>>()?;
+                if let Some((_, last)) = tokens.last_mut() {
+                    *last += &text.rest()?;
+                }
+                Reading::Echo(tokens)
+            }
+        })
     }
 
     /// Generates to the end on the caller's thread, handing over text as it comes; a break cancels and gives no finish. Not for async code.

@@ -2,7 +2,7 @@
 //!
 //! The order of the steps is that of `transformers`: bias, penalties, temperature, top-k, top-p, min-p, draw.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
@@ -25,6 +25,8 @@ pub struct Sampling {
     pub presence_penalty: f32,
     /// subtracted for each time that the token is in the text
     pub frequency_penalty: f32,
+    /// so many of the newest tokens of prompt and text are penalised; all if not given
+    pub repeat_last_n: Option<usize>,
     /// added to the logits of these tokens
     pub logit_bias: Vec<(u32, f32)>,
     /// the same seed and request give the same tokens; drawn if not given
@@ -41,6 +43,7 @@ impl Default for Sampling {
             repetition_penalty: 1.0,
             presence_penalty: 0.0,
             frequency_penalty: 0.0,
+            repeat_last_n: None,
             logit_bias: Vec::new(),
             seed: None,
         }
@@ -100,15 +103,45 @@ impl Sampling {
 pub struct Sampler {
     sampling: Sampling,
     rng: ChaCha8Rng,
-    /// how often each token stands in the text; 0 for those only in the prompt
-    seen: HashMap<u32, u32>,
+    /// the tokens that are penalised
+    seen: HashMap<u32, Seen>,
+    /// the same in their order, where the oldest are forgotten; whether each is of the text
+    newest: VecDeque<(u32, bool)>,
+}
+
+/// How often a token stands in prompt and text.
+#[derive(Debug, Clone, Copy, Default)]
+struct Seen {
+    anywhere: u32,
+    in_text: u32,
 }
 
 impl Sampler {
     /// A sampler for the text after `prompt`.
     pub fn new(sampling: Sampling, prompt: &[u32]) -> Self {
         let seed = sampling.seed.unwrap_or_else(|| rand::rng().random());
-        Self { sampling, rng: ChaCha8Rng::seed_from_u64(seed), seen: prompt.iter().map(|&token| (token, 0)).collect() }
+        let rng = ChaCha8Rng::seed_from_u64(seed);
+        let mut sampler = Self { sampling, rng, seen: HashMap::new(), newest: VecDeque::new() };
+        prompt.iter().for_each(|&token| sampler.see(token, false));
+        sampler
+    }
+
+    fn see(&mut self, token: u32, in_text: bool) {
+        let seen = self.seen.entry(token).or_default();
+        seen.anywhere += 1;
+        seen.in_text += u32::from(in_text);
+        let Some(most) = self.sampling.repeat_last_n else { return };
+        self.newest.push_back((token, in_text));
+        while self.newest.len() > most
+            && let Some((old, in_text)) = self.newest.pop_front()
+            && let Some(seen) = self.seen.get_mut(&old)
+        {
+            seen.anywhere -= 1;
+            seen.in_text -= u32::from(in_text);
+            if seen.anywhere == 0 {
+                self.seen.remove(&old);
+            }
+        }
     }
 
     /// Chooses the next token from `logits` [V] (which become scratch) and counts it as part of the text. Nothing but this request's
@@ -116,7 +149,7 @@ impl Sampler {
     pub fn sample(&mut self, logits: &mut [f32]) -> u32 {
         self.bend(logits);
         let token = if self.sampling.temperature == 0.0 { most_likely(logits) } else { self.draw(logits) };
-        *self.seen.entry(token).or_default() += 1;
+        self.see(token, true);
         token
     }
 
@@ -128,11 +161,11 @@ impl Sampler {
                 *logit += bias;
             }
         }
-        for (&token, &count) in &self.seen {
+        for (&token, seen) in &self.seen {
             let Some(logit) = logits.get_mut(token as usize) else { continue };
             *logit = if *logit > 0.0 { *logit / s.repetition_penalty } else { *logit * s.repetition_penalty };
-            if count > 0 {
-                *logit -= s.presence_penalty + s.frequency_penalty * count as f32;
+            if seen.in_text > 0 {
+                *logit -= s.presence_penalty + s.frequency_penalty * seen.in_text as f32;
             }
         }
     }
@@ -288,7 +321,7 @@ mod tests {
             ..Sampling::default()
         };
         let mut s = sampler(sampling, &[0, 1]);
-        s.seen.insert(4, 3);
+        (0..3).for_each(|_| s.see(4, true));
         let mut logits = [4.0, -1.0, 9.0, 0.5, 8.0];
         s.bend(&mut logits);
         for (bent, expected) in logits.iter().zip([2.0, -2.0, -91.0, 1.5, 4.0 - 0.5 - 0.75]) {
@@ -301,6 +334,20 @@ mod tests {
         let mut s = sampler(Sampling { temperature: 0.0, frequency_penalty: 2.0, ..Sampling::default() }, &[]);
         let drawn: Vec<u32> = (0..4).map(|_| s.sample(&mut [3.0, 2.5, 1.0])).collect();
         assert_eq!(drawn, [0, 1, 0, 2]);
+    }
+
+    #[test]
+    fn only_the_newest_tokens_are_penalised() {
+        let drawn = |repeat_last_n| {
+            let sampling = Sampling { temperature: 0.0, repetition_penalty: 100.0, repeat_last_n, ..Sampling::default() };
+            let mut s = sampler(sampling, &[0, 1, 1]);
+            (0..4).map(|_| s.sample(&mut [4.0, 3.0, 2.0, 1.0])).collect::<Vec<_>>()
+        };
+        assert_eq!(drawn(Some(0)), [0, 0, 0, 0]);
+        assert_eq!(drawn(Some(1)), [0, 1, 0, 1]);
+        assert_eq!(drawn(Some(2)), [0, 2, 1, 0]);
+        assert_eq!(drawn(None), drawn(Some(100)));
+        assert_eq!(drawn(None)[..2], [2, 3]);
     }
 
     #[test]

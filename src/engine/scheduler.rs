@@ -26,13 +26,14 @@ use upcycle_routers::route::Steering;
 
 use super::{
     Constraint, ConstraintError, Event, Finish, FinishReason,
-    experts::{Chosen, Experts, Watch},
+    experts::Experts,
     lookup::{Trust, guess},
     prefixes::{LEAST, Prefixes, common},
     sampling::Sampler,
     stops::{Shown, Stops},
     tokenizer::{TextStream, TokenizerError},
-    told::{Scores, Tell, Token, Waiting},
+    told::{Reading, Scores, Tell, Token, Waiting},
+    watch::{Chosen, Watch},
 };
 
 /// Tokens of text that a new sequence must find room for besides its prompt, and that all others must.
@@ -45,6 +46,8 @@ const PATIENCE: Duration = Duration::from_millis(750);
 const FIRST_ROWS: usize = 128;
 /// Rows of prompts in a pass, however long they take.
 const FEWEST_ROWS: usize = 16;
+/// Rows of a prompt whose logits are all wanted: they are as long as the vocabulary.
+const SCORED_ROWS: usize = 64;
 
 /// What a scheduler may do at once.
 #[derive(Debug, Clone, Copy)]
@@ -96,7 +99,13 @@ impl Gauges {
 #[derive(Debug)]
 pub(super) struct Job {
     pub(super) prompt: Vec<u32>,
+    pub(super) reading: Reading,
     pub(super) max_tokens: usize,
+    pub(super) min_tokens: usize,
+    /// tokens that end the text, but not before there are `min_tokens`
+    pub(super) ends: BTreeSet<u32>,
+    /// tokens that are never chosen
+    pub(super) never: BTreeSet<u32>,
     pub(super) sampler: Sampler,
     pub(super) text: TextStream,
     pub(super) stops: Stops,
@@ -111,21 +120,40 @@ pub(super) struct Job {
 }
 
 impl Job {
-    /// The next token, and whether the text is complete with it.
-    fn choose(&mut self, row: Row) -> Result<(Token, bool), ConstraintError> {
+    /// The next token behind so many of the text, and whether the text is complete with it.
+    fn choose(&mut self, row: Row, written: usize) -> Result<(Token, bool), ConstraintError> {
         let mut logits = row.logits;
-        let raw = self.tell.logprobs.map(|top| (top, logits.clone()));
+        let raw = self.tell.logprobs.map(|_| logits.clone());
+        let early = if written < self.min_tokens { Some(&self.ends) } else { None };
+        for &token in self.never.iter().chain(early.into_iter().flatten()) {
+            logits.get_mut(token as usize).into_iter().for_each(|logit| *logit = f32::NEG_INFINITY);
+        }
         if let Some(constraint) = &mut self.constraint {
             constraint.mask(&mut logits)?;
         }
         let id = self.sampler.sample(&mut logits);
         let complete = self.constraint.as_mut().map_or(Ok(false), |constraint| constraint.take(id))?;
         let mut token = Token { id, experts: row.experts, ..Token::default() };
-        if let Some((top, raw)) = raw {
-            let scores = Scores::new(&raw);
-            (token.logprob, token.top) = (Some(scores.of(id)), scores.top(top));
+        if let Some(raw) = raw {
+            self.score(&mut token, &raw);
         }
         Ok((token, complete))
+    }
+
+    /// Says of a token how likely it was among logits [V], if that is to be told.
+    fn score(&self, token: &mut Token, logits: &[f32]) {
+        let Some(top) = self.tell.logprobs else { return };
+        let scores = Scores::new(logits);
+        (token.logprob, token.top) = (Some(scores.of(token.id)), scores.top(top));
+    }
+
+    /// Whether the logits of all of the prompt's tokens are wanted.
+    fn scores(&self) -> bool {
+        matches!(self.reading, Reading::Echo(_)) && self.tell.any()
+    }
+
+    fn embeds(&self) -> bool {
+        matches!(self.reading, Reading::Embed(_))
     }
 }
 
@@ -138,6 +166,14 @@ enum End {
     Complete,
     /// the token stands for the end
     Mark,
+}
+
+/// What a pass says of a sequence.
+struct Seen {
+    /// of the tokens that come next
+    rows: Vec<Row>,
+    /// the last hidden states of the tokens read, [D] each, if they are wanted
+    states: Vec<Vec<f32>>,
 }
 
 /// What a pass says about the token that comes next.
@@ -156,6 +192,8 @@ struct Sequence<C> {
     /// prompt and text; the model has read as many of them as the cache remembers
     tokens: Vec<u32>,
     cache: C,
+    /// the logarithm of the probability of the tokens of the text, if that of each is told
+    logprob: f64,
     /// tokens of the prompt that were read for others
     cached: usize,
     trust: Trust,
@@ -176,8 +214,6 @@ struct Share {
 /// What the engine's thread has from the engine.
 pub(super) struct Desk {
     pub(super) limits: Limits,
-    /// tokens that end a text
-    pub(super) ends: BTreeSet<u32>,
     pub(super) experts: Option<Arc<Experts>>,
     pub(super) inbox: mpsc::Receiver<Job>,
     /// while it is set, nothing runs
@@ -187,7 +223,7 @@ pub(super) struct Desk {
 
 /// Runs requests until the inbox is closed and all are finished.
 pub(super) fn run<M: LanguageModel>(model: &M, desk: &Desk) {
-    let Desk { limits, ends, inbox, abort, gauges, .. } = desk;
+    let Desk { limits, inbox, abort, gauges, .. } = desk;
     let mut waiting: VecDeque<Sequence<M::Cache>> = VecDeque::new();
     let mut active: Vec<Sequence<M::Cache>> = Vec::new();
     let mut prefixes = Prefixes::new();
@@ -233,9 +269,9 @@ pub(super) fn run<M: LanguageModel>(model: &M, desk: &Desk) {
         };
 
         match pass(model, desk.experts.as_deref(), &mut active, &shares, &mut pace) {
-            Ok(rows) => {
-                for ((mut sequence, share), rows) in std::mem::take(&mut active).into_iter().zip(&shares).zip(rows) {
-                    match sequence.take(share, rows, ends, model) {
+            Ok(seen) => {
+                for ((mut sequence, share), seen) in std::mem::take(&mut active).into_iter().zip(&shares).zip(seen) {
+                    match sequence.take(share, seen, model) {
                         ControlFlow::Continue(()) => active.push(sequence),
                         ControlFlow::Break(()) => prefixes.keep(sequence.tokens, sequence.cache),
                     }
@@ -285,6 +321,10 @@ fn make_room<M: LanguageModel>(model: &M, limit: usize, prefixes: &mut Prefixes<
 
 /// A cache that knows more of how a sequence begins than its own does, from who finished or runs. The last token is left: its logits are wanted.
 fn head_start<C: Memory>(sequence: &Sequence<C>, active: &[Sequence<C>], prefixes: &mut Prefixes<C>) -> Option<C> {
+    // What others have read says nothing of its tokens.
+    if sequence.job.scores() || sequence.job.embeds() {
+        return None;
+    }
     let least = sequence.cache.len() + LEAST;
     let wanted = &sequence.tokens[..sequence.tokens.len() - 1];
     if wanted.len() < least {
@@ -318,7 +358,8 @@ fn share<C: Memory>(active: &[Sequence<C>], rows: usize, shortest_first: bool) -
         };
         let unread = sequence.unread();
         if chosen.is_empty() {
-            shares[i].tokens = unread[..unread.len().min(room)].to_vec();
+            let most = if sequence.job.scores() { SCORED_ROWS.min(room) } else { room };
+            shares[i].tokens = unread[..unread.len().min(most)].to_vec();
             room = TOGETHER.min(room).saturating_sub(unread.len());
             chosen.push(i);
         } else if unread.len() <= room && !chosen.iter().any(waits) {
@@ -330,41 +371,54 @@ fn share<C: Memory>(active: &[Sequence<C>], rows: usize, shortest_first: bool) -
     shares
 }
 
-/// One pass. Returns the rows of each sequence that tokens come after, none where it has more to read.
+/// One pass. Returns what it says of each sequence: of one that has more to read, only what is wanted of its prompt.
 fn pass<M: LanguageModel>(
     model: &M,
     experts: Option<&Experts>,
     active: &mut [Sequence<M::Cache>],
     shares: &[Share],
     pace: &mut Pace,
-) -> Result<Vec<Vec<Row>>, DecoderError> {
+) -> Result<Vec<Seen>, DecoderError> {
     let mut steps = Vec::with_capacity(active.len());
     let mut wanted = Vec::with_capacity(active.len());
-    let (mut rows, mut recorded) = (0, Vec::new());
+    let (mut rows, mut recorded, mut spans) = (0, Vec::new(), Vec::new());
     for (sequence, share) in active.iter_mut().zip(shares) {
-        let logits = match share.tokens.len() {
-            new if new < sequence.unread().len() => Logits::None,
-            _ if share.guessed > 0 => Logits::All,
-            _ => Logits::Last,
+        let (new, scores) = (share.tokens.len(), sequence.job.scores());
+        let embeds = sequence.job.embeds() && new > 0;
+        let (logits, own) = if embeds || new == 0 || (new < sequence.unread().len() && !scores) {
+            (Logits::None, 0)
+        } else if scores {
+            (Logits::All, new)
+        } else if share.guessed > 0 {
+            (Logits::All, 1 + share.guessed)
+        } else {
+            (Logits::Last, 1)
         };
-        let own = if logits == Logits::None { 0 } else { 1 + share.guessed };
-        rows += share.tokens.len();
+        rows += new;
         if sequence.job.tell.experts {
             recorded.extend(rows - own..rows);
         }
-        wanted.push((own, sequence.job.tell.experts));
-        if !share.tokens.is_empty() {
+        if embeds {
+            spans.push(rows - new..rows);
+        }
+        wanted.push((own, sequence.job.tell.experts, embeds));
+        if new > 0 {
             steps.push(Step { tokens: &share.tokens, cache: &mut sequence.cache, logits });
         }
     }
     let start = Instant::now();
-    let mut watch = Watch::new(experts, recorded);
+    let mut watch = Watch::new(experts, recorded, spans);
     let logits = model.forward(&mut steps, &mut watch)?;
-    let mut logits = if wanted.iter().any(|(own, _)| *own > 0) { logits.to_vec2()? } else { Vec::new() }.into_iter();
+    let mut logits = if wanted.iter().any(|(own, ..)| *own > 0) { logits.to_vec2()? } else { Vec::new() }.into_iter();
     pace.learn(rows, start.elapsed());
-    let mut chosen = watch.finish(rows).into_iter();
+    let (chosen, states) = watch.finish(rows);
+    let (mut chosen, mut states) = (chosen.into_iter(), states.into_iter());
     let mut row = |records| Some(Row { logits: logits.next()?, experts: if records { chosen.next()? } else { Chosen::new() } });
-    Ok(wanted.into_iter().map(|(own, records)| (0..own).map_while(|_| row(records)).collect()).collect())
+    let seen = |(own, records, embeds): (usize, bool, bool)| Seen {
+        rows: (0..own).map_while(|_| row(records)).collect(),
+        states: if embeds { states.next().unwrap_or_default() } else { Vec::new() },
+    };
+    Ok(wanted.into_iter().map(seen).collect())
 }
 
 /// How long a row of a pass takes, as far as that is known.
@@ -389,7 +443,7 @@ impl Pace {
 impl<C: Memory> Sequence<C> {
     fn new(cache: C, job: Job, lookup: usize) -> Self {
         let (tokens, told, trust) = (job.prompt.clone(), Waiting::default(), Trust::new(lookup));
-        Self { job, told, tokens, cache, cached: 0, trust, started: None, first_token: None }
+        Self { job, told, tokens, cache, logprob: 0.0, cached: 0, trust, started: None, first_token: None }
     }
 
     /// What the model has not read.
@@ -416,12 +470,56 @@ impl<C: Memory> Sequence<C> {
         Share { tokens: [&[token], checked].concat(), guessed: checked.len(), next: guess.first().copied() }
     }
 
+    /// Takes what a pass says of the prompt's own tokens, and says it when it is whole. Rows of what comes behind them are left.
+    fn read(&mut self, share: &Share, seen: &mut Seen) {
+        let prompt = self.job.prompt.len();
+        let (start, end) = (self.cache.len() - share.tokens.len(), self.cache.len());
+        match std::mem::replace(&mut self.job.reading, Reading::Plain) {
+            Reading::Plain => {}
+            Reading::Echo(mut tokens) => {
+                if self.job.tell.any() {
+                    let inner = seen.rows.len().min((prompt - 1).saturating_sub(start));
+                    for ((token, _), row) in tokens[start + 1..].iter_mut().zip(seen.rows.drain(..inner)) {
+                        self.job.score(token, &row.logits);
+                        token.experts = row.experts;
+                    }
+                }
+                if end < prompt {
+                    self.job.reading = Reading::Echo(tokens);
+                } else {
+                    let text: String = tokens.iter().map(|(_, text)| text.as_str()).collect();
+                    if self.job.tell.any() {
+                        tokens.into_iter().for_each(|(token, text)| self.told.push(token, &text));
+                        let mut told = self.told.show(&text);
+                        told.extend(self.told.rest());
+                        self.send(Event::Tokens(told));
+                    }
+                    self.send(Event::Text(text));
+                }
+            }
+            Reading::Embed(mut sum) => {
+                // Who begins anew forgets what was summed up. Row by row, so that the cut into passes changes nothing.
+                if start == 0 {
+                    sum = vec![0.0; seen.states.first().map_or(0, Vec::len)];
+                }
+                seen.states.iter().for_each(|state| sum.iter_mut().zip(state).for_each(|(sum, x)| *sum += f64::from(*x)));
+                self.job.reading = Reading::Embed(sum);
+            }
+        }
+    }
+
     /// Chooses the tokens that rows lead to, as long as the share's guesses are right; breaks when the text is complete.
-    fn take(&mut self, share: &Share, rows: Vec<Row>, ends: &BTreeSet<u32>, model: &impl LanguageModel<Cache = C>) -> ControlFlow<()> {
+    fn take(&mut self, share: &Share, mut seen: Seen, model: &impl LanguageModel<Cache = C>) -> ControlFlow<()> {
+        self.read(share, &mut seen);
+        if self.job.max_tokens == 0 && self.cache.len() >= self.job.prompt.len() {
+            self.first_token.get_or_insert_with(Instant::now);
+            self.send(Event::Done(self.finish(FinishReason::Length, model.answering(&self.cache))));
+            return ControlFlow::Break(());
+        }
         let mut guesses = share.tokens[share.tokens.len() - share.guessed..].iter();
         let (mut flow, mut right, known) = (ControlFlow::Continue(()), 0, self.tokens.len());
-        for row in rows {
-            let (token, complete) = match self.job.choose(row) {
+        for row in seen.rows {
+            let (token, complete) = match self.job.choose(row, self.tokens.len() - self.job.prompt.len()) {
                 Ok(chosen) => chosen,
                 Err(error) => {
                     fail(&self.job, &error.to_string());
@@ -431,8 +529,9 @@ impl<C: Memory> Sequence<C> {
             };
             let id = token.id;
             self.tokens.push(id);
+            self.logprob += f64::from(token.logprob.unwrap_or_default());
             self.first_token.get_or_insert_with(Instant::now);
-            let end = if ends.contains(&id) {
+            let end = if self.job.ends.contains(&id) {
                 End::Mark
             } else if complete {
                 End::Complete
@@ -508,6 +607,11 @@ impl<C: Memory> Sequence<C> {
             prompt_tokens: self.job.prompt.len(),
             cached_tokens: self.cached,
             completion_tokens: self.tokens.len() - self.job.prompt.len(),
+            logprob: self.logprob,
+            embedding: match &self.job.reading {
+                Reading::Embed(sum) => Some(sum.iter().map(|sum| (sum / self.job.prompt.len() as f64) as f32).collect()),
+                Reading::Plain | Reading::Echo(_) => None,
+            },
             prefill: first - started,
             decode: first.elapsed(),
             expert,

@@ -185,6 +185,11 @@ impl Tokenizer {
         self.inner.token_to_id(text).filter(|&id| self.is_special(id))
     }
 
+    /// The tokens' text, special tokens as they are written.
+    pub fn spell(&self, tokens: &[u32]) -> Result<String, TokenizerError> {
+        self.inner.decode(tokens, false).map_err(TokenizerError::Tokenizer)
+    }
+
     /// The tokens' text without special tokens. Tokens that the tokenizer does not know (a padded vocabulary) have none.
     pub fn decode(&self, tokens: &[u32]) -> Result<String, TokenizerError> {
         self.inner.decode(tokens, true).map_err(TokenizerError::Tokenizer)

@@ -2,7 +2,7 @@
 
 use std::{cmp::Ordering, collections::VecDeque};
 
-use super::experts::Chosen;
+use super::watch::Chosen;
 
 /// What is told of each token of a text.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -69,6 +69,17 @@ impl<'a> Scores<'a> {
         order.sort_unstable_by(by_falling_logit);
         order.into_iter().map(|token| (token, self.of(token))).collect()
     }
+}
+
+/// What is made of a prompt's own tokens while they are read.
+#[derive(Debug)]
+pub(super) enum Reading {
+    /// nothing
+    Plain,
+    /// they are told, each with its text
+    Echo(Vec<(Token, String)>),
+    /// their last hidden states are summed up, [D]
+    Embed(Vec<f64>),
 }
 
 /// Tokens that wait for their text to be shown.

@@ -25,11 +25,11 @@ use super::{
     calls::{Calls, Part},
     error::ApiError,
     observe::{Account, Events},
-    openai::{Body, Choice, Envelope, Kind, Prompt, Usage},
+    openai::{Body, Choice, Envelope, Kind, Usage, parse},
     told::Told,
     tools,
 };
-use crate::engine::{Event, FinishReason, Request};
+use crate::engine::{Event, Finish, Request, Sampling, Tell};
 
 /// Chunks that wait for a slow client before its events wait in the engine's channel.
 const CHUNKS: usize = 16;
@@ -52,8 +52,10 @@ async fn answer(server: Arc<Server>, account: Arc<Account>, body: Bytes, kind: K
 pub(super) struct Taken {
     envelope: Envelope,
     pub(super) choices: Vec<Running>,
-    /// choices of one prompt
+    /// choices of one prompt that are given
     n: usize,
+    /// of so many that are written
+    best_of: usize,
     streams: bool,
     wants_usage: bool,
 }
@@ -75,9 +77,9 @@ pub(super) fn parts(calls: &mut Option<Calls>, text: String) -> Vec<Part> {
 }
 
 pub(super) fn take(server: &Server, account: &Arc<Account>, bytes: &[u8], kind: Kind) -> Result<Taken, ApiError> {
-    let body = Body::parse(bytes)?;
+    let body: Body = parse(bytes)?;
     let model = server.model(body.model.as_deref())?;
-    body.refuse_unsupported()?;
+    body.refuse_unsupported(kind)?;
     let text = model.engine.text();
     let template = text.template.as_ref();
     let tools = if kind == Kind::Chat { body.tools()? } else { None };
@@ -87,22 +89,18 @@ pub(super) fn take(server: &Server, account: &Arc<Account>, bytes: &[u8], kind: 
             tools::explain(tools.as_ref(), &mut messages, &mut variables, template);
             vec![text.chat_prompt(&messages, &variables)?]
         }
-        Kind::Text => body
-            .prompts()?
-            .into_iter()
-            .map(|prompt| match prompt {
-                Prompt::Text(words) => text.prompt(&words),
-                Prompt::Tokens(tokens) => Ok(tokens),
-            })
-            .collect::<Result<_, _>>()?,
+        Kind::Text => body.prompts()?.into_iter().map(|prompt| prompt.tokens(text)).collect::<Result<_, _>>()?,
     };
-    let (n, stop, max_tokens) = (body.n()?, body.stop()?, body.max_tokens(kind));
+    let (n, best_of) = (body.n()?, body.best_of()?);
     let sampling = body.sampling(&text.sampling)?;
-    let (steering, tell) = (body.wishes().steering(&model.engine)?, body.tell());
+    let (steering, tell) = (body.wishes().steering(&model.engine)?, body.tell(kind)?);
     let (call, format) = (tools.as_ref().and_then(|tools| tools.grammar(text)), body.grammar()?);
     let param = if call.is_some() { "tools" } else { "response_format" };
     if call.is_some() && format.is_some() {
         return Err(ApiError::invalid("response_format", "an answer cannot be both a call of a tool and of a `response_format`"));
+    }
+    if call.is_some() || format.is_some() {
+        body.refuse_ends()?;
     }
     let constraint = call.or(format).map(|grammar| model.engine.constraint(&grammar)).transpose();
     let constraint = constraint.map_err(|error| ApiError { param: Some(param.into()), ..error.into() })?;
@@ -110,22 +108,16 @@ pub(super) fn take(server: &Server, account: &Arc<Account>, bytes: &[u8], kind: 
     let experts = model.engine.experts().map_or(0, |experts| experts.names().len());
     let told = || Told { kind, tell, tokenizer: text.tokenizer.clone(), experts, tokens: Vec::new() };
     let marks: Vec<String> = calls().iter().map(|calls| calls.opening().to_owned()).collect();
-    let mut choices = Vec::with_capacity(prompts.len() * n);
+    // To know the best takes to know how likely each is.
+    let ranked = Tell { logprobs: tell.logprobs.or((best_of > n).then_some(0)), ..tell };
+    let request = Request { constraint, steering, tell: ranked, marks, ..body.request(kind)? };
+    let mut choices = Vec::with_capacity(prompts.len() * best_of);
     for prompt in prompts {
-        for choice in 0..n as u64 {
+        for choice in 0..best_of as u64 {
             // The choices of one prompt differ, and each is the same the next time.
             let seed = sampling.seed.map(|seed| seed.wrapping_add(choice));
-            let sampling = crate::engine::Sampling { seed, ..sampling.clone() };
-            let request = Request {
-                prompt: prompt.clone(),
-                sampling,
-                max_tokens,
-                stop: stop.clone(),
-                constraint: constraint.clone(),
-                steering: steering.clone(),
-                tell,
-                marks: marks.clone(),
-            };
+            let sampling = Sampling { seed, ..sampling.clone() };
+            let request = Request { prompt: prompt.clone(), sampling, ..request.clone() };
             choices.push(Running { events: server.submit(&model, request, account)?, calls: calls(), told: told() });
         }
     }
@@ -136,13 +128,26 @@ pub(super) fn take(server: &Server, account: &Arc<Account>, bytes: &[u8], kind: 
         created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         model: model.name.clone(),
     };
-    Ok(Taken { envelope, choices, n, streams: body.streams(), wants_usage: body.wants_usage() })
+    Ok(Taken { envelope, choices, n, best_of, streams: body.streams(), wants_usage: body.wants_usage() })
+}
+
+/// A choice that is whole.
+struct Written {
+    choice: Choice,
+    told: Told,
+    finish: Finish,
+}
+
+impl Written {
+    /// The mean of its tokens' logarithms of probability.
+    fn likelihood(&self) -> f64 {
+        self.finish.logprob / self.finish.completion_tokens.max(1) as f64
+    }
 }
 
 async fn whole(taken: Taken) -> Result<Response, ApiError> {
     let mut usage = Usage::default();
-    let mut choices: Vec<(Choice, FinishReason)> = Vec::with_capacity(taken.choices.len());
-    let mut all_told = Vec::with_capacity(taken.choices.len());
+    let mut written: Vec<Written> = Vec::with_capacity(taken.choices.len());
     for (index, Running { mut events, mut calls, mut told }) in taken.choices.into_iter().enumerate() {
         let mut choice = Choice::default();
         let finish = loop {
@@ -155,12 +160,20 @@ async fn whole(taken: Taken) -> Result<Response, ApiError> {
             }
         };
         calls.iter_mut().flat_map(Calls::finish).for_each(|part| choice.push(part));
-        usage.add(index, taken.n, &finish);
-        choices.push((choice, finish.reason));
-        all_told.push(told);
+        usage.add(index, taken.best_of, &finish);
+        written.push(Written { choice, told, finish });
     }
+    let (mut written, mut best) = (written.into_iter().peekable(), Vec::new());
+    while written.peek().is_some() {
+        let mut all: Vec<Written> = written.by_ref().take(taken.best_of).collect();
+        if taken.best_of > taken.n {
+            all.sort_by(|a, b| b.likelihood().total_cmp(&a.likelihood()));
+        }
+        best.extend(all.into_iter().take(taken.n));
+    }
+    let (choices, mut told): (Vec<_>, Vec<_>) = best.into_iter().map(|best| ((best.choice, best.finish.reason), best.told)).unzip();
     let mut answer = taken.envelope.answer(&choices, usage);
-    all_told.iter_mut().enumerate().for_each(|(index, told)| told.put(&mut answer["choices"][index]));
+    told.iter_mut().enumerate().for_each(|(index, told)| told.put(&mut answer["choices"][index]));
     Ok(Json(answer).into_response())
 }
 
@@ -175,7 +188,7 @@ fn stream(taken: Taken) -> Response {
 }
 
 async fn send_chunks(taken: Taken, chunks: &Sender<String>) -> Result<(), mpsc::error::SendError<String>> {
-    let Taken { envelope, choices, n, wants_usage, .. } = taken;
+    let Taken { envelope, choices, best_of, wants_usage, .. } = taken;
     let send = |mut chunk: Value| {
         if wants_usage && chunk.get("usage").is_none() {
             chunk["usage"] = Value::Null;
@@ -205,7 +218,7 @@ async fn send_chunks(taken: Taken, chunks: &Sender<String>) -> Result<(), mpsc::
             }
             Some((index, Event::Done(finish))) => {
                 left -= 1;
-                usage.add(index, n, &finish);
+                usage.add(index, best_of, &finish);
                 let (calls, told) = &mut writing[index];
                 for part in calls.iter_mut().flat_map(Calls::finish) {
                     send(with(told, envelope.part(index, &part))).await?;
@@ -228,6 +241,6 @@ fn with(told: &mut Told, mut chunk: Value) -> Value {
     chunk
 }
 
-fn failed(reason: String) -> ApiError {
+pub(super) fn failed(reason: String) -> ApiError {
     ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, reason)
 }

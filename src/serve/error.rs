@@ -71,7 +71,7 @@ impl From<EngineError> for ApiError {
             EngineError::Template(TemplateError::Raised(_) | TemplateError::Render(_)) => Self::invalid("messages", message),
             EngineError::Context { .. } => Self::new(StatusCode::BAD_REQUEST, message).code("context_length_exceeded"),
             EngineError::EmptyPrompt | EngineError::Token { .. } => Self::invalid("prompt", message),
-            EngineError::Constraint(_) | EngineError::Dense => Self::new(StatusCode::BAD_REQUEST, message),
+            EngineError::Constraint(_) | EngineError::Dense | EngineError::Whole => Self::new(StatusCode::BAD_REQUEST, message),
             EngineError::Busy { .. } => Self::new(StatusCode::TOO_MANY_REQUESTS, message).code("queue_full"),
             EngineError::Stopped => Self::new(StatusCode::SERVICE_UNAVAILABLE, "the server is shutting down"),
             EngineError::Sidecar(_)

@@ -5,6 +5,7 @@
 
 mod calls;
 mod completions;
+mod embeddings;
 mod error;
 mod experts;
 mod guard;
@@ -17,6 +18,7 @@ mod openapi;
 mod page;
 mod props;
 mod registry;
+mod tokens;
 mod told;
 mod tools;
 
@@ -155,6 +157,9 @@ fn routes() -> Vec<(&'static str, &'static str, MethodRouter<Arc<Server>>)> {
         ("/models/reload", "post", post(reload)),
         ("/v1/chat/completions", "post", post(completions::chat)),
         ("/v1/completions", "post", post(completions::text)),
+        ("/v1/embeddings", "post", post(embeddings::embed)),
+        ("/tokenize", "post", post(tokens::tokenize)),
+        ("/detokenize", "post", post(tokens::detokenize)),
         ("/api/chat", "post", post(ollama::chat)),
         ("/api/generate", "post", post(ollama::generate)),
         ("/api/tags", "get", get(ollama::tags)),

@@ -4,17 +4,20 @@
 use std::collections::BTreeMap;
 
 use axum::http::StatusCode;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value, json};
 
 use super::{calls::Part, error::ApiError, experts::Wishes, tools::Tools};
-use crate::engine::{Finish, FinishReason, Grammar, Sampling, Tell};
+use crate::engine::{EngineError, Finish, FinishReason, Grammar, Request, Sampling, Task, Tell, Text};
 
 /// Tokens of a plain completion whose request does not say.
 const DEFAULT_COMPLETION_TOKENS: usize = 16;
 
 /// Choices of one request at most.
 const MAX_CHOICES: usize = 64;
+
+/// Likely tokens that are told in the place of each at most.
+const MAX_LIKELY: usize = 20;
 
 /// The two ways to ask for text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,11 +48,16 @@ pub(super) struct Body {
     repetition_penalty: Option<f32>,
     presence_penalty: Option<f32>,
     frequency_penalty: Option<f32>,
+    repeat_last_n: Option<i64>,
+    min_tokens: Option<usize>,
+    ignore_eos: Option<bool>,
+    stop_token_ids: Option<Vec<u32>>,
     logit_bias: Option<BTreeMap<String, f32>>,
     seed: Option<i64>,
     chat_template_kwargs: Option<Map<String, Value>>,
     logprobs: Option<Value>,
-    echo: Option<Value>,
+    top_logprobs: Option<usize>,
+    echo: Option<bool>,
     suffix: Option<Value>,
     best_of: Option<usize>,
     tools: Option<Value>,
@@ -77,27 +85,52 @@ pub(super) enum Prompt {
     Tokens(Vec<u32>),
 }
 
-impl Body {
-    /// Parses a body; the error says which field is wrong.
-    pub(super) fn parse(bytes: &[u8]) -> Result<Self, ApiError> {
-        let mut json = serde_json::Deserializer::from_slice(bytes);
-        serde_path_to_error::deserialize(&mut json).map_err(|error| match error.path().iter().next() {
-            Some(_) if error.inner().is_data() => ApiError::invalid(error.path().to_string(), format!("the request is not valid: {error}")),
-            _ => ApiError::new(StatusCode::BAD_REQUEST, format!("the request is not valid JSON: {}", error.inner())),
-        })
-    }
+/// Parses a body; the error says which field is wrong.
+pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
+    let mut json = serde_json::Deserializer::from_slice(bytes);
+    serde_path_to_error::deserialize(&mut json).map_err(|error| match error.path().iter().next() {
+        Some(_) if error.inner().is_data() => ApiError::invalid(error.path().to_string(), format!("the request is not valid: {error}")),
+        _ => ApiError::new(StatusCode::BAD_REQUEST, format!("the request is not valid JSON: {}", error.inner())),
+    })
+}
 
-    /// Refuses what would change the answer and cannot be done.
-    pub(super) fn refuse_unsupported(&self) -> Result<(), ApiError> {
-        let asked = |value: &Value| !matches!(value, Value::Null | Value::Bool(false)) && *value != json!([]) && *value != json!("");
-        let fields = [("logprobs", &self.logprobs), ("echo", &self.echo), ("suffix", &self.suffix)];
-        for (name, value) in fields {
-            if value.as_ref().is_some_and(asked) {
-                return Err(ApiError::invalid(name, format!("`{name}` is not supported")).code("unsupported_parameter"));
-            }
+/// A text or a list of texts, tokens or a list of lists of them.
+pub(super) fn prompts(field: &'static str, value: Option<&Value>) -> Result<Vec<Prompt>, ApiError> {
+    let invalid =
+        || ApiError::invalid(field, format!("`{field}` must be a string, a list of strings, or one or several lists of token ids"));
+    let token = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+    let one = |value: &Value| match value {
+        Value::String(text) => Some(Prompt::Text(text.clone())),
+        Value::Array(ids) => ids.iter().map(token).collect::<Option<_>>().map(Prompt::Tokens),
+        _ => None,
+    };
+    match value {
+        Some(tokens @ Value::Array(all)) if all.first().is_some_and(Value::is_number) => Ok(vec![one(tokens).ok_or_else(invalid)?]),
+        Some(Value::Array(all)) if !all.is_empty() => all.iter().map(|prompt| one(prompt).ok_or_else(invalid)).collect(),
+        Some(text @ Value::String(_)) => Ok(vec![one(text).ok_or_else(invalid)?]),
+        _ => Err(invalid()),
+    }
+}
+
+impl Prompt {
+    /// Its tokens.
+    pub(super) fn tokens(self, text: &Text) -> Result<Vec<u32>, EngineError> {
+        match self {
+            Self::Text(words) => text.prompt(&words),
+            Self::Tokens(tokens) => Ok(tokens),
         }
-        if self.best_of.is_some_and(|best_of| best_of > self.choices()) {
-            return Err(ApiError::invalid("best_of", "`best_of` greater than `n` is not supported").code("unsupported_parameter"));
+    }
+}
+
+impl Body {
+    /// Refuses what would change the answer and cannot be done.
+    pub(super) fn refuse_unsupported(&self, kind: Kind) -> Result<(), ApiError> {
+        let unsupported = |param: &str, message: &str| Err(ApiError::invalid(param, message).code("unsupported_parameter"));
+        if self.suffix.as_ref().is_some_and(|suffix| !suffix.is_null() && *suffix != json!("")) {
+            return unsupported("suffix", "`suffix` is not supported: it needs a model that was trained to fill in the middle of a text");
+        }
+        if kind == Kind::Chat && self.echo == Some(true) {
+            return unsupported("echo", "`echo` is not supported in a chat: /v1/completions has it");
         }
         Ok(())
     }
@@ -144,9 +177,46 @@ impl Body {
         }
     }
 
-    /// What is told of tokens.
-    pub(super) fn tell(&self) -> Tell {
-        Tell { logprobs: None, experts: self.return_experts.unwrap_or(false) }
+    /// What is told of tokens. `logprobs` says how many likely ones in a completion, and in a chat `top_logprobs` does.
+    pub(super) fn tell(&self, kind: Kind) -> Result<Tell, ApiError> {
+        let asked = self.logprobs.as_ref().filter(|asked| !matches!(asked, Value::Null | Value::Bool(false)));
+        let (param, likely) = match (kind, asked) {
+            (Kind::Chat, None) if self.top_logprobs.is_some_and(|top| top > 0) => {
+                return Err(ApiError::invalid("top_logprobs", "`top_logprobs` needs `logprobs: true`"));
+            }
+            (_, None) => ("logprobs", None),
+            (Kind::Chat, Some(Value::Bool(_))) => ("top_logprobs", Some(self.top_logprobs.unwrap_or(0))),
+            (Kind::Chat, Some(_)) => return Err(ApiError::invalid("logprobs", "`logprobs` must be true or false")),
+            (Kind::Text, Some(likely)) => ("logprobs", Some(likely.as_u64().map_or(usize::MAX, |likely| likely as usize))),
+        };
+        if likely.is_some_and(|likely| likely > MAX_LIKELY) {
+            return Err(ApiError::invalid(param, format!("`{param}` must be a number from 0 to {MAX_LIKELY}")));
+        }
+        Ok(Tell { logprobs: likely, experts: self.return_experts.unwrap_or(false) })
+    }
+
+    /// What is to be generated, as far as that can be said without a model.
+    pub(super) fn request(&self, kind: Kind) -> Result<Request, ApiError> {
+        Ok(Request {
+            task: if self.echo == Some(true) { Task::Echo } else { Task::Continue },
+            max_tokens: self.max_tokens(kind),
+            min_tokens: self.min_tokens.unwrap_or(0),
+            ignore_eos: self.ignore_eos.unwrap_or(false),
+            stop: self.stop()?,
+            stop_tokens: self.stop_token_ids.clone().unwrap_or_default(),
+            ..Request::default()
+        })
+    }
+
+    /// Refuses wishes about the end of an answer that a grammar ends.
+    pub(super) fn refuse_ends(&self) -> Result<(), ApiError> {
+        let wishes = [("min_tokens", self.min_tokens.is_some_and(|min| min > 0)), ("ignore_eos", self.ignore_eos == Some(true))];
+        match wishes.into_iter().find(|(_, wished)| *wished) {
+            None => Ok(()),
+            Some((field, _)) => {
+                Err(ApiError::invalid(field, format!("`{field}` cannot be kept here: the answer ends where its grammar does")))
+            }
+        }
     }
 
     pub(super) fn streams(&self) -> bool {
@@ -168,6 +238,18 @@ impl Body {
         if (1..=MAX_CHOICES).contains(&n) { Ok(n) } else { Err(ApiError::invalid("n", format!("`n` is {n}, expected 1 to {MAX_CHOICES}"))) }
     }
 
+    /// The number of answers to each prompt that are written, of which the likeliest `n` are given.
+    pub(super) fn best_of(&self) -> Result<usize, ApiError> {
+        let (n, best_of) = (self.n()?, self.best_of.unwrap_or_else(|| self.choices()));
+        if !(n..=MAX_CHOICES).contains(&best_of) {
+            return Err(ApiError::invalid("best_of", format!("`best_of` is {best_of}, expected {n} (`n`) to {MAX_CHOICES}")));
+        }
+        if best_of > n && self.streams() {
+            return Err(ApiError::invalid("best_of", "which answer is the best is known when all are whole: `best_of` cannot be streamed"));
+        }
+        Ok(best_of)
+    }
+
     /// The recommended sampling with what the request changes.
     pub(super) fn sampling(&self, recommended: &Sampling) -> Result<Sampling, ApiError> {
         let r = recommended.clone();
@@ -185,18 +267,20 @@ impl Body {
             repetition_penalty: self.repetition_penalty.unwrap_or(r.repetition_penalty),
             presence_penalty: self.presence_penalty.unwrap_or(r.presence_penalty),
             frequency_penalty: self.frequency_penalty.unwrap_or(r.frequency_penalty),
+            // Other servers write "all" as -1.
+            repeat_last_n: self.repeat_last_n.map_or(r.repeat_last_n, |n| usize::try_from(n).ok()),
             logit_bias,
             seed: self.seed.map(i64::cast_unsigned).or(r.seed),
         })
     }
 
-    pub(super) fn max_tokens(&self, kind: Kind) -> Option<usize> {
+    fn max_tokens(&self, kind: Kind) -> Option<usize> {
         let default = if kind == Kind::Text { Some(DEFAULT_COMPLETION_TOKENS) } else { None };
         self.max_completion_tokens.or(self.max_tokens).or(default)
     }
 
     /// `stop`: a string or a list of them.
-    pub(super) fn stop(&self) -> Result<Vec<String>, ApiError> {
+    fn stop(&self) -> Result<Vec<String>, ApiError> {
         let invalid = || ApiError::invalid("stop", "`stop` must be a string or a list of strings");
         match &self.stop {
             None | Some(Value::Null) => Ok(Vec::new()),
@@ -208,19 +292,7 @@ impl Body {
 
     /// `prompt`: a string, a list of them, a list of tokens, or a list of those.
     pub(super) fn prompts(&self) -> Result<Vec<Prompt>, ApiError> {
-        let invalid = || ApiError::invalid("prompt", "`prompt` must be a string, a list of strings, or one or several lists of token ids");
-        let token = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
-        let one = |value: &Value| match value {
-            Value::String(text) => Some(Prompt::Text(text.clone())),
-            Value::Array(ids) => ids.iter().map(token).collect::<Option<_>>().map(Prompt::Tokens),
-            _ => None,
-        };
-        match &self.prompt {
-            Some(tokens @ Value::Array(all)) if all.first().is_some_and(Value::is_number) => Ok(vec![one(tokens).ok_or_else(invalid)?]),
-            Some(Value::Array(all)) if !all.is_empty() => all.iter().map(|prompt| one(prompt).ok_or_else(invalid)).collect(),
-            Some(text @ Value::String(_)) => Ok(vec![one(text).ok_or_else(invalid)?]),
-            _ => Err(invalid()),
-        }
+        prompts("prompt", self.prompt.as_ref())
     }
 
     /// `messages` as templates expect them: content is text, and the developer speaks as the system.
@@ -417,7 +489,7 @@ mod tests {
     use super::*;
 
     fn body(json: &Value) -> Body {
-        Body::parse(json.to_string().as_bytes()).unwrap()
+        parse(json.to_string().as_bytes()).unwrap()
     }
 
     #[test]
@@ -425,7 +497,8 @@ mod tests {
         let body = body(
             &json!({"prompt": "a", "user": "me", "stream": null, "tools": [], "logprobs": false, "response_format": {"type": "text"}}),
         );
-        body.refuse_unsupported().unwrap();
+        body.refuse_unsupported(Kind::Text).unwrap();
+        assert_eq!(body.tell(Kind::Text).unwrap(), Tell::default());
         assert!(!body.streams());
         assert_eq!(body.max_tokens(Kind::Text), Some(16));
         assert_eq!(body.max_tokens(Kind::Chat), None);
@@ -466,23 +539,51 @@ mod tests {
 
     #[test]
     fn a_wrong_type_names_its_field() {
-        let error = Body::parse(br#"{"prompt": "a", "temperature": "hot"}"#).unwrap_err();
+        let error = parse::<Body>(br#"{"prompt": "a", "temperature": "hot"}"#).unwrap_err();
         assert_eq!(error.param.as_deref(), Some("temperature"));
         assert!(error.message.contains("invalid type: string \"hot\""), "{}", error.message);
-        assert_eq!(Body::parse(b"{").unwrap_err().param, None);
-        assert!(Body::parse(b"[1]").is_err());
+        assert_eq!(parse::<Body>(b"{").unwrap_err().param, None);
+        assert!(parse::<Body>(b"[1]").is_err());
     }
 
     #[test]
     fn what_cannot_be_honoured_is_refused_by_name() {
-        for (field, value) in [("logprobs", json!(0)), ("echo", json!(true)), ("suffix", json!("x")), ("best_of", json!(2))] {
-            let mut request = json!({"prompt": "a"});
-            request[field] = value;
-            assert_eq!(body(&request).refuse_unsupported().unwrap_err().param.as_deref(), Some(field));
-        }
+        let refused = |request: &Value, kind| body(request).refuse_unsupported(kind).unwrap_err().param;
+        assert_eq!(refused(&json!({"prompt": "a", "suffix": "x"}), Kind::Text).as_deref(), Some("suffix"));
+        assert_eq!(refused(&json!({"messages": [], "echo": true}), Kind::Chat).as_deref(), Some("echo"));
+        body(&json!({"prompt": "a", "suffix": "", "echo": true})).refuse_unsupported(Kind::Text).unwrap();
         assert!(body(&json!({"n": 0})).n().is_err());
         assert!(body(&json!({"stop": [1]})).stop().is_err());
         assert!(body(&json!({"logit_bias": {"a": 1}})).sampling(&Sampling::default()).is_err());
+    }
+
+    #[test]
+    fn logprobs_are_asked_for_in_two_ways() {
+        let tell = |request: Value, kind| body(&request).tell(kind).map(|tell| tell.logprobs).map_err(|error| error.param.unwrap());
+        assert_eq!(tell(json!({"logprobs": 0}), Kind::Text), Ok(Some(0)));
+        assert_eq!(tell(json!({"logprobs": 5}), Kind::Text), Ok(Some(5)));
+        assert_eq!(tell(json!({"logprobs": true}), Kind::Chat), Ok(Some(0)));
+        assert_eq!(tell(json!({"logprobs": true, "top_logprobs": 20}), Kind::Chat), Ok(Some(20)));
+        assert_eq!(tell(json!({"logprobs": null, "top_logprobs": 0}), Kind::Chat), Ok(None));
+        for (wrong, kind, param) in [
+            (json!({"logprobs": true}), Kind::Text, "logprobs"),
+            (json!({"logprobs": 21}), Kind::Text, "logprobs"),
+            (json!({"logprobs": 1}), Kind::Chat, "logprobs"),
+            (json!({"top_logprobs": 1}), Kind::Chat, "top_logprobs"),
+            (json!({"logprobs": true, "top_logprobs": 21}), Kind::Chat, "top_logprobs"),
+        ] {
+            assert_eq!(tell(wrong, kind), Err(param.to_owned()));
+        }
+    }
+
+    #[test]
+    fn the_best_are_of_as_many_or_more_and_not_streamed() {
+        let best_of = |request: Value| body(&request).best_of().map_err(|error| error.param.unwrap());
+        assert_eq!((best_of(json!({"n": 2})), best_of(json!({"n": 2, "best_of": 5}))), (Ok(2), Ok(5)));
+        assert_eq!(best_of(json!({"n": 2, "best_of": 2, "stream": true})), Ok(2));
+        for wrong in [json!({"n": 2, "best_of": 1}), json!({"best_of": 65}), json!({"best_of": 2, "stream": true})] {
+            assert_eq!(best_of(wrong), Err("best_of".to_owned()));
+        }
     }
 
     #[test]

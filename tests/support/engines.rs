@@ -24,22 +24,26 @@ pub fn engine(name: &str, options: Options) -> Engine {
 
 /// The same, or why there is none.
 pub fn try_engine(name: &str, options: Options) -> Result<Engine, EngineError> {
-    let source = open(name);
-    Engine::start(decoder(&source), Text::open(&source.sidecars, &source.config).unwrap(), options)
+    let (decoder, text) = dense(name);
+    Engine::start(decoder, text, options)
 }
 
 /// The same with a changed tokenizer, template or sampling.
 pub fn with_text(name: &str, options: Options, change: impl FnOnce(Text) -> Text) -> Engine {
-    let source = open(name);
-    let text = Text::open(&source.sidecars, &source.config).unwrap();
-    Engine::start(decoder(&source), change(text), options).unwrap()
+    let (decoder, text) = dense(name);
+    Engine::start(decoder, change(text), options).unwrap()
 }
 
 /// An engine over a bundled model whose keys and values are kept in this type.
 pub fn kept_as(kv_type: KvType, name: &str, options: Options) -> Engine {
+    let (decoder, text) = dense(name);
+    Engine::start(decoder.with_kv_type(kv_type).unwrap(), text, options).unwrap()
+}
+
+/// A bundled model, and what speaks for it.
+pub fn dense(name: &str) -> (Decoder, Text) {
     let source = open(name);
-    let text = Text::open(&source.sidecars, &source.config).unwrap();
-    Engine::start(decoder(&source).with_kv_type(kv_type).unwrap(), text, options).unwrap()
+    (decoder(&source), Text::open(&source.sidecars, &source.config).unwrap())
 }
 
 /// The bundled experts, as the composite has them.

@@ -3,7 +3,7 @@
 use std::{collections::VecDeque, ops::Range};
 
 use anstyle::{AnsiColor, Style};
-use upcycle::engine::{Token, experts::Chosen};
+use upcycle::engine::{Chosen, Token};
 
 /// In the order of experts; further ones begin again.
 const COLOURS: [AnsiColor; 8] = [
