@@ -3,12 +3,14 @@
 //! A template is Jinja as `transformers` runs it (`trim_blocks`, `lstrip_blocks`, Python methods, `json.dumps` spacing). Where the text comes
 //! from is decided here too; tokenizing the result is not.
 
+mod tags;
+
 use std::{collections::BTreeMap, fmt::Write as _, io, time::SystemTime};
 
 use minijinja::{
     Environment, ErrorKind, Output, State, UndefinedBehavior, Value, escape_formatter,
     syntax::SyntaxConfig,
-    value::{Kwargs, Serde},
+    value::{Kwargs, Serde, ValueKind},
 };
 use serde::Serialize as _;
 use serde_json::{Map, Value as Json};
@@ -21,6 +23,10 @@ const FUEL: u64 = 2_000_000;
 
 /// Bytes that one rendering may write, what it sets aside in blocks and macros included.
 const MOST: usize = 16 << 20;
+
+/// Values that one rendering may look at when it assigns, those in others included, and how deep they may lie in each other.
+const MOST_WEIGHED: usize = 10_000_000;
+const DEEPEST: usize = 64;
 
 /// Columns that JSON may be indented by.
 const INDENT: usize = 64;
@@ -102,10 +108,12 @@ impl ChatTemplate {
         environment.set_fuel(Some(FUEL));
         environment.set_formatter(write_value);
         environment.add_filter("tojson", tojson);
+        environment.add_filter(tags::ASSIGNED[0], assigned);
+        environment.add_filter(tags::ASSIGNED[1], held);
         environment.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message.clone()).with_source(Raised(message)))
         });
-        environment.add_template_owned(NAME, without_generation_tags(source)).map_err(TemplateError::Syntax)?;
+        environment.add_template_owned(NAME, tags::prepared(source)).map_err(TemplateError::Syntax)?;
         Ok(Self { environment, source: source.to_owned(), tokens })
     }
 
@@ -195,21 +203,40 @@ fn from_json(sidecars: &BTreeMap<String, Sidecar>, file: &'static str) -> Result
     }
 }
 
-/// `{% generation %}` marks the assistant's words for training; it means nothing here and minijinja does not know it. A block that does
-/// nothing keeps the white space that the tags' `-` and `trim_blocks` remove.
-fn without_generation_tags(source: &str) -> String {
-    let mut pieces = source.split("{%");
-    let mut out = pieces.next().unwrap_or_default().to_owned();
-    for piece in pieces {
-        out.push_str("{%");
-        let tag = piece.split_once("%}").map_or("", |(tag, _)| tag);
-        match tag.trim_matches(|c: char| c.is_whitespace() || matches!(c, '-' | '+')) {
-            "generation" => out.push_str(&piece.replacen("generation", "if true", 1)),
-            "endgeneration" => out.push_str(&piece.replacen("endgeneration", "endif", 1)),
-            _ => out.push_str(piece),
-        }
+/// Passes on what is assigned to a name, if it is no larger than may be written.
+fn assigned(state: &mut State<'_, '_>, value: Value) -> Result<Value, minijinja::Error> {
+    weigh(state.get_or_insert_extension(Weighed(0)), &value, 0)?;
+    Ok(value)
+}
+
+/// The same of what is assigned to an attribute. What holds itself could not be written: no namespace is held by another.
+fn held(state: &mut State<'_, '_>, value: Value) -> Result<Value, minijinja::Error> {
+    weigh(state.get_or_insert_extension(Weighed(0)), &value, 1)?;
+    Ok(value)
+}
+
+/// Values that were looked at in one rendering.
+struct Weighed(usize);
+
+/// Looks at a value and all that is in it, `depth` levels down in another.
+fn weigh(weighed: &mut Weighed, value: &Value, depth: usize) -> Result<(), minijinja::Error> {
+    let refuse = |what: &'static str| Err(minijinja::Error::new(ErrorKind::InvalidOperation, what));
+    weighed.0 += 1;
+    if weighed.0 > MOST_WEIGHED || value.as_str().is_some_and(|text| text.len() > MOST) {
+        return refuse("a value that is assigned is too large");
     }
-    out
+    let Some(object) = value.as_object() else { return Ok(()) };
+    if object.type_name().ends_with("::Namespace") {
+        return if depth == 0 { Ok(()) } else { refuse("a namespace cannot be held by another value") };
+    }
+    if depth > DEEPEST {
+        return refuse("a value that is assigned is nested too deeply");
+    }
+    match value.kind() {
+        ValueKind::Map => value.try_iter()?.try_for_each(|key| weigh(weighed, &value.get_item(&key)?, depth + 1)),
+        ValueKind::Seq | ValueKind::Iterable => value.try_iter()?.try_for_each(|item| weigh(weighed, &item, depth + 1)),
+        _ => Ok(()),
+    }
 }
 
 /// Python's `json.dumps(value, ensure_ascii=False, indent=...)`.
@@ -400,6 +427,22 @@ mod tests {
         }
         assert_eq!(render("{{ 'x' * 9999999 }}", &json!([])).unwrap().len(), 9_999_999);
         assert_eq!(render("{{ [1] | tojson(indent=999999999999) }}", &json!([])).unwrap(), format!("[\n{}1\n]", " ".repeat(INDENT)));
+    }
+
+    #[test]
+    fn values_neither_hold_themselves_nor_grow_without_end() {
+        for (source, reason) in [
+            ("{% set ns = namespace() %}{% set ns.s = ns %}{{ ns }}", "a namespace cannot be held"),
+            ("{% set ns = namespace() %}{% set x = {'a': [ns]} %}{{ x }}", "a namespace cannot be held"),
+            ("{% set ns = namespace(s=[]) %}{% for i in range(9999) %}{% set ns.s = [ns.s] %}{% endfor %}", "nested too deeply"),
+            ("{% set ns = namespace(s='0123456789') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}", "too large"),
+            ("{% set x = [[1] * 99999] * 99999 %}", "too large"),
+        ] {
+            let error = render(source, &json!([])).unwrap_err().to_string();
+            assert!(error.contains(reason), "{source}: {error}");
+        }
+        let source = "{% set ns = namespace(a=[], b={'c': 1}) %}{% for m in messages %}{% set ns.a = ns.a + [m.content] %}{% endfor %}{{ ns.a | join(',') }}{{ ns.b.c }}";
+        assert_eq!(render(source, &json!([{"content": "x"}, {"content": "y"}])).unwrap(), "x,y1");
     }
 
     #[test]
