@@ -2,8 +2,9 @@
 //! length does not bound.
 //!
 //! A test mutates its seeds (good files made by code, and what lies in `tests/corpus/`) by a generator with a fixed seed, a few hundred times.
-//! `UPCYCLE_FUZZ_SECONDS=600 cargo test --test tests fuzz::` goes on for ten minutes each, from a seed that it prints; an input that fails is
-//! kept in the directory that it names.
+//! `RUST_BACKTRACE=0 UPCYCLE_FUZZ_SECONDS=600 cargo test --test tests fuzz::` goes on for ten minutes each, from a seed that it prints; an input
+//! that fails is kept in the directory that it names, and so is the last one where the process ends. (To print where a panic came from, one that
+//! is caught too, takes megabytes.)
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
@@ -92,6 +93,9 @@ fn fuzz(name: &str, mut seeds: Vec<Vec<u8>>, spare: usize, parse: impl Fn(&[u8])
             (0..rng.random_range(1..6)).for_each(|_| mutate(&mut input, &seeds, &mut rng));
         }
         rounds += 1;
+        if seconds.is_some() {
+            fs_err::write(std::env::temp_dir().join(format!("upcycle-fuzz-{name}-last")), &input).unwrap();
+        }
         LARGEST.set(0);
         let begun = Instant::now();
         let panicked = std::panic::catch_unwind(AssertUnwindSafe(|| parse(&input))).is_err();
@@ -280,7 +284,7 @@ fn recipes() {
 fn chat_template() {
     let seed = "{%- for m in messages %}{% if loop.first and m.role == 'system' %}{{ m['content'] | trim }}{% else %}<{{ m.role }}>{{ m.content.split('x')[-1] }}\
                 {% endif %}{% endfor %}{% if add_generation_prompt %}{{ bos_token + '<a>' * 3 }}{% endif %}";
-    // What a template may write is bounded by its fuel, not by its length.
+    // What a template may write is bounded, but not by its length.
     fuzz("chat_template", vec![seed.as_bytes().to_vec()], 256 << 20, |input| {
         let Ok(template) = ChatTemplate::new(&String::from_utf8_lossy(input), BTreeMap::from([("bos_token".into(), "<s>".into())])) else {
             return;
