@@ -26,6 +26,8 @@ use upcycle::{
     write::{self, Options, Silent},
 };
 
+#[cfg(feature = "serve")]
+use crate::serve::Running;
 use crate::{
     compose::{Models, composite},
     source::gguf,
@@ -310,4 +312,73 @@ fn manifest() {
             &Silent,
         ));
     });
+}
+
+/// Sends mutated bodies to a route of a server, on a real socket. What is allocated there is not looked at: bodies have a limit of their own.
+#[cfg(feature = "serve")]
+fn fuzz_route(name: &str, path: &str, seeds: &[serde_json::Value]) {
+    let server = Running::start(upcycle::engine::Options { context: Some(48), ..upcycle::engine::Options::default() });
+    let seeds = seeds.iter().map(|seed| seed.to_string().into_bytes()).collect();
+    fuzz(name, seeds, SPARE, |body| server.survives(path, body));
+    server.survives(path, b"{}");
+}
+
+#[cfg(feature = "serve")]
+#[test]
+fn chat_requests() {
+    let sampled = json!({
+        "model": "math", "messages": [{"role": "system", "content": "Brief."}, {"role": "user", "content": [{"type": "text", "text": "1 + 2?"}]}],
+        "max_tokens": 3, "temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "repetition_penalty": 1.1, "presence_penalty": 0.1,
+        "frequency_penalty": 0.1, "seed": 7, "stop": ["a", "b"], "n": 2, "logit_bias": {"5": -1.5}, "logprobs": true, "top_logprobs": 2, "stream": true,
+        "stream_options": {"include_usage": true}, "chat_template_kwargs": {"thinking": false},
+    });
+    let tools = json!([{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}}]);
+    let called = json!([
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": null, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}]},
+        {"role": "tool", "tool_call_id": "1", "content": "3"},
+    ]);
+    let calling = json!({"messages": called, "max_tokens": 3, "tools": tools, "tool_choice": "auto", "parallel_tool_calls": false});
+    let schema = json!({"type": "object", "properties": {"x": {"enum": ["a", "b"]}}, "required": ["x"], "additionalProperties": false});
+    let bound = json!({
+        "messages": [{"role": "user", "content": "?"}], "max_tokens": 3,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "strict": true, "schema": schema}},
+    });
+    let steered = json!({
+        "messages": [{"role": "user", "content": "?"}], "max_tokens": 3, "experts_per_token": 1, "mask_experts": ["code"], "force_experts": [0, "1"],
+        "expert_bias": {"math": 1.5}, "return_experts": true,
+    });
+    fuzz_route("chat_requests", "/v1/chat/completions", &[sampled, calling, bound, steered]);
+}
+
+#[cfg(feature = "serve")]
+#[test]
+fn text_requests() {
+    let text = json!({"prompt": ["Problem:", "Compute"], "max_tokens": 3, "logprobs": 2, "echo": true, "stream": true, "stop": "x", "best_of": 2, "n": 1});
+    let tokens = json!({"prompt": [[5, 6], [7]], "max_tokens": 3, "response_format": {"type": "regex", "regex": "[a-c]{1,3}(x|y)*"}});
+    let lark = json!({"prompt": [5, 6], "max_tokens": 3, "response_format": {"type": "lark", "lark": "start: \"a\" | /[b-d]+/ start"}});
+    fuzz_route("text_requests", "/v1/completions", &[text, tokens, lark]);
+}
+
+#[cfg(feature = "serve")]
+#[test]
+fn ollama_requests() {
+    let options = json!({"num_predict": 3, "temperature": 0.5, "stop": ["x"], "seed": 1, "top_k": 5, "repeat_penalty": 1.1});
+    let generate = json!({"model": "math", "prompt": "1", "system": "s", "raw": false, "stream": true, "format": "json", "keep_alive": "5m", "options": options});
+    fuzz_route("ollama_generate", "/api/generate", &[generate]);
+    let format = json!({"type": "object", "properties": {"a": {"type": "boolean"}}});
+    let chat = json!({"model": "math", "messages": [{"role": "user", "content": "1"}], "stream": false, "format": format, "keep_alive": 60, "options": options});
+    fuzz_route("ollama_chat", "/api/chat", &[chat]);
+    fuzz_route("ollama_show", "/api/show", &[json!({"model": "math", "verbose": true})]);
+}
+
+#[cfg(feature = "serve")]
+#[test]
+fn other_requests() {
+    fuzz_route("models_load", "/models/load", &[json!({"model": "math"})]);
+    let tokens = json!({"input": [[5, 6], [7]], "encoding_format": "base64", "dimensions": 3});
+    fuzz_route("embedding_requests", "/v1/embeddings", &[json!({"input": ["1", "2"]}), tokens]);
+    fuzz_route("tokenize", "/tokenize", &[json!({"content": "1 + 2", "add_special": true, "with_pieces": true})]);
+    fuzz_route("detokenize", "/detokenize", &[json!({"tokens": [5, 6, 7]})]);
+    fuzz_route("models_reload", "/models/reload", &[json!({"model": "math"})]);
 }

@@ -102,6 +102,12 @@ impl Running {
         finish(send(self.address, "POST", path, body.to_string().as_bytes()))
     }
 
+    /// Sends any bytes: whatever they are, the answer is whole, and no mistake of the server's.
+    pub(crate) fn survives(&self, path: &str, body: &[u8]) {
+        let answer = finish(send(self.address, "POST", path, body));
+        assert!(answer.status < 500 && !answer.body.contains("server_error"), "{} {}", answer.status, answer.body);
+    }
+
     pub(crate) fn chat(&self, extra: &Value) -> Answer {
         self.post(
             "/v1/chat/completions",
