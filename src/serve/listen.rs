@@ -9,6 +9,7 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     sync::{Semaphore, watch},
     time,
@@ -79,12 +80,13 @@ async fn converse(stream: TcpStream, router: Router, mut closed: watch::Receiver
     }
 }
 
-/// What has been asked is read first: a connection that is closed over it breaks before its client has read why.
-async fn turn_away(stream: TcpStream) {
-    if stream.readable().await.is_ok() {
-        let _ = stream.try_read(&mut [0; 4096]);
-        let _ = stream.try_write(FULL);
+/// What has been asked is read, and what comes after the answer as well: a connection that is closed over it breaks before its client has read why.
+async fn turn_away(mut stream: TcpStream) {
+    let mut asked = [0; 4096];
+    if !matches!(stream.read(&mut asked).await, Ok(1..)) || stream.write_all(FULL).await.is_err() || stream.shutdown().await.is_err() {
+        return;
     }
+    while matches!(stream.read(&mut asked).await, Ok(1..)) {}
 }
 
 fn is_of_the_connection(error: &io::Error) -> bool {
