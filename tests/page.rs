@@ -361,8 +361,12 @@ fn experts_are_seen_and_steered() {
     let (steering, facts) = answer(&mut page, reset);
     assert_eq!((steering, facts.split(" · ").next()), ([&nothing; 4].map(Clone::clone), plain.split(" · ").next()));
 
+    let polls =
+        |page: &mut Page| page.asked().iter().filter(|asked| asked.url.contains("/v1/experts") && asked.url.contains("load=false")).count();
+    let before = polls(&mut page);
+    std::thread::sleep(Duration::from_millis(2500));
+    assert!(polls(&mut page) > before, "the load is live");
     page.click("#toggle-controls");
-    let polls = |page: &mut Page| page.asked().iter().filter(|asked| asked.url.contains("/v1/experts")).count();
     let before = polls(&mut page);
     std::thread::sleep(Duration::from_millis(2500));
     assert_eq!(polls(&mut page), before, "nobody sees the load");

@@ -7,9 +7,10 @@ use axum::{
     extract::{Query, State, rejection::QueryRejection},
     http::StatusCode,
 };
+use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{Server, Which, blocking, error::ApiError};
+use super::{Server, blocking, error::ApiError};
 use crate::engine::{self, Engine, EngineError, Experts, Steering, WishError, experts::LayerLoads};
 
 /// What a request wishes of experts.
@@ -81,10 +82,23 @@ fn find(experts: &Experts, field: &'static str, name: &str) -> Result<usize, Api
     experts.find(name).ok_or_else(unknown)
 }
 
+/// Whose experts are asked for.
+#[derive(Debug, Deserialize)]
+pub(super) struct Whose {
+    model: Option<String>,
+    /// Whether the model is loaded for it.
+    #[serde(default = "yes")]
+    load: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
 /// `GET /v1/experts`
-pub(super) async fn list(State(server): State<Arc<Server>>, which: Result<Query<Which>, QueryRejection>) -> Result<Json<Value>, ApiError> {
-    let Query(which) = which.map_err(|rejection| ApiError::new(StatusCode::BAD_REQUEST, rejection.body_text()))?;
-    let model = blocking(move || server.model(which.model.as_deref())).await?;
+pub(super) async fn list(State(server): State<Arc<Server>>, whose: Result<Query<Whose>, QueryRejection>) -> Result<Json<Value>, ApiError> {
+    let Query(Whose { model, load }) = whose.map_err(|rejection| ApiError::new(StatusCode::BAD_REQUEST, rejection.body_text()))?;
+    let model = if load { blocking(move || server.model(model.as_deref())).await? } else { server.registry.present(model.as_deref())? };
     let Some(experts) = model.engine.experts() else {
         return Ok(Json(
             json!({"object": "experts", "model": model.name, "experts": [], "experts_per_token": 0, "tokens": 0, "layers": []}),
@@ -100,7 +114,7 @@ pub(super) async fn list(State(server): State<Arc<Server>>, which: Result<Query<
 
 fn layer(loads: &LayerLoads) -> Value {
     let load = shares(&loads.choices.iter().map(|count| *count as f64).collect::<Vec<_>>());
-    let entropy: f64 = load.iter().filter(|share| **share > 0.0).map(|share| -share * share.ln()).sum();
+    let entropy = load.iter().filter(|share| **share > 0.0).fold(0.0, |sum, share| sum - share * share.ln());
     json!({"layer": loads.layer, "load": load, "recent": shares(&loads.recent), "entropy": entropy})
 }
 

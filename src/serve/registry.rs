@@ -177,6 +177,16 @@ impl Registry {
         }
     }
 
+    /// The model of this name, or the first one where there is no name, if it is in memory; it does not count as asked.
+    pub(super) fn present(&self, name: Option<&str>) -> Result<Arc<Model>, ApiError> {
+        let index = self.find(name)?;
+        let absent = || {
+            ApiError::new(StatusCode::NOT_FOUND, format!("the model `{}` is not in memory", self.entries[index].name))
+                .code("model_not_loaded")
+        };
+        self.state().slots[index].model.clone().ok_or_else(absent)
+    }
+
     /// Loads a model anew, also where it is in memory: what is being written is finished by the old one. If it cannot be loaded, the old one stays.
     pub(super) fn reload(&self, name: Option<&str>) -> Result<(), ApiError> {
         self.ready()?;

@@ -135,8 +135,19 @@ fn a_model_that_nobody_asks_for_goes_and_comes_back() {
     let asking = long(&server, "math");
     std::thread::sleep(Duration::from_millis(1500));
     assert_eq!(server.states(), ["loaded"], "who answers is not idle");
+    assert_eq!(server.get("/v1/experts?load=false").status, 200);
     drop(asking);
-    server.until(&["unloaded"]);
+    let start = Instant::now();
+    let absent = loop {
+        let answer = server.get("/v1/experts?load=false");
+        if answer.status != 200 {
+            break answer;
+        }
+        assert!(start.elapsed() < Duration::from_secs(10), "who looks on keeps it");
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    assert_eq!(absent.error(), (404, None, "the model `math` is not in memory".into()));
+    assert_eq!(server.states(), ["unloaded"]);
 }
 
 #[test]

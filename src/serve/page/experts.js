@@ -45,19 +45,17 @@ async function openExperts() {
   if (answer) showLoad(answer);
 }
 
-async function expertsNow() {
+async function expertsNow(load = true) {
   try {
-    return await getJson(`/v1/experts?model=${encodeURIComponent(settings.model)}`);
+    return await getJson(`/v1/experts?model=${encodeURIComponent(settings.model)}&load=${load}`);
   } catch {
     return null;
   }
 }
 
 // Load is asked for only where it is seen.
-setInterval(async () => {
-  const seen = experts.names.length && document.visibilityState === "visible" && byId("heat")?.checkVisibility();
-  const answer = seen ? await expertsNow() : null;
-  if (answer) showLoad(answer);
+setInterval(() => {
+  if (experts.names.length && document.visibilityState === "visible" && byId("heat")?.checkVisibility()) refreshLoad();
 }, POLL);
 
 function drawExperts() {
@@ -119,8 +117,9 @@ function expertRow(name, e) {
 
 const signed = value => `${value > 0 ? "+" : ""}${value.toFixed(1)}`;
 
+// A page left open keeps no model in memory.
 async function refreshLoad() {
-  const answer = await expertsNow();
+  const answer = await expertsNow(false);
   if (answer) showLoad(answer);
 }
 
