@@ -1,10 +1,12 @@
 //! Products of weights in ggml's blocks with rows of x in eight bits, scaled for every 32 of them.
 //!
-//! The integers of sixteen rows of weights are unpacked into a [`Panel`], which stays in the first-level cache while all rows of x pass by; a
-//! lane is a row of weights, so no sum crosses lanes and scales are whole vectors. Whatever the type, weight = scale level - minimum with
+//! A lane is a row of weights, so no sum crosses lanes and scales are whole vectors. Whatever the type, weight = scale level - minimum with
 //! levels from 0 to 255, so one inner loop serves all: the levels' products with x are exact integers, and
 //! y = sum over sub-blocks of scale (scale of x) (levels . x) - minimum (sum of x). These sums run along the inner dimension for any number of
 //! rows and any kind of instructions.
+//!
+//! With few rows of x the levels of sixteen rows are multiplied as they are unpacked, in registers; with more they go into a [`Panel`], which stays
+//! in the first-level cache while all rows of x pass by.
 
 use super::{
     Kernels, parallel,
@@ -188,9 +190,13 @@ pub(super) unsafe fn multiply(kernels: Kernels, b: &Block<'_>, dtype: Dtype) {
     unsafe {
         match kernels {
             #[cfg(target_arch = "x86_64")]
-            Kernels::Avx512 | Kernels::Avx512Bf16 if super::x86_blocks::has_avx512() => super::x86_blocks::run_avx512(b, dtype),
+            Kernels::Avx512 | Kernels::Avx512Bf16 | Kernels::Amx if super::x86_blocks::has_avx512() => {
+                super::x86_blocks::run_avx512(b, dtype)
+            }
             #[cfg(target_arch = "x86_64")]
-            Kernels::Avx2 | Kernels::Avx512 | Kernels::Avx512Bf16 if super::x86::has_avx2() => super::x86_blocks::run_avx2(b, dtype),
+            Kernels::Avx2 | Kernels::Avx512 | Kernels::Avx512Bf16 | Kernels::Amx if super::x86::has_avx2() => {
+                super::x86_blocks::run_avx2(b, dtype)
+            }
             _ => block::<Plain>(b, dtype),
         }
     }
@@ -206,19 +212,19 @@ pub(super) unsafe fn block<I: Integers>(b: &Block<'_>, dtype: Dtype) {
 
 /// Up to sixteen rows of a block of weights, a lane each.
 #[derive(Clone, Copy)]
-struct Group {
+pub(super) struct Group {
     /// the first of them in the block
-    start: usize,
+    pub start: usize,
     /// how far one is from the next
-    apart: usize,
+    pub apart: usize,
     /// how many
-    there: usize,
+    pub there: usize,
 }
 
 impl Group {
     /// All rows of a block of so many. Those of a group lie as far apart as can be: each lane then is a long stream through memory of its own,
     /// which CPUs foresee.
-    fn all(out: usize, n: usize) -> Vec<Self> {
+    pub fn all(out: usize, n: usize) -> Vec<Self> {
         let whole = out / LANES;
         let rest = Self { start: whole * LANES, apart: 1, there: out % LANES };
         let group =
@@ -237,11 +243,16 @@ impl Group {
     ///
     /// # Safety
     /// As the block promises.
-    unsafe fn write(self, b: &Block<'_>, row: usize, sums: &[f32], wide: usize) {
+    pub unsafe fn write(self, b: &Block<'_>, row: usize, sums: &[f32], wide: usize) {
         for (row, sums) in (row..).zip(sums.chunks(wide)) {
-            for (lane, sum) in sums[..self.there].iter().enumerate() {
-                // SAFETY: the caller's.
-                unsafe { *b.y.add(row * b.stride + self.start + lane * self.apart) = *sum };
+            // SAFETY: the caller's.
+            unsafe {
+                let y = b.y.add(row * b.stride + self.start);
+                if self.apart == 1 {
+                    std::ptr::copy_nonoverlapping(sums.as_ptr(), y, self.there);
+                } else {
+                    sums[..self.there].iter().enumerate().for_each(|(lane, sum)| *y.add(lane * self.apart) = *sum);
+                }
             }
         }
     }

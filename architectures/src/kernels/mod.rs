@@ -9,13 +9,15 @@
 //! are of different lengths.
 //!
 //! Weights in ggml's blocks meet rows in eight bits ([`blocks`]), bf16 weights meet rows in bf16 where the caller asks for speed
-//! ([`Kernels::Avx512Bf16`]), and all else is multiplied in f32.
+//! ([`Kernels::Avx512Bf16`], [`Kernels::Amx`]), and all else is multiplied in f32.
 //!
 //! `unsafe` code of this crate stands here alone. Every kernel is one generic function over [`simd::Simd`] (for blocks [`blocks::Integers`]), so
 //! that what is tested for one kind of instructions is what runs with another.
 
 #![allow(clippy::inline_always, reason = "what is not inlined is not compiled for the instructions of its caller")]
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 pub(crate) mod attention;
 mod blocks;
 pub mod peak;
@@ -37,6 +39,8 @@ pub enum Kernels {
     Avx512,
     /// the same, but what is multiplied with bf16 weights is rounded to bf16, as other engines do: twice as many products a second
     Avx512Bf16,
+    /// the same, with tiles (AMX) for bf16 weights
+    Amx,
     /// AVX2 with FMA and F16C
     Avx2,
     /// what every CPU of the architecture has; on ARM that includes NEON
@@ -67,6 +71,7 @@ impl Kernels {
         match self {
             Self::Avx512 => "avx512",
             Self::Avx512Bf16 => "avx512-bf16",
+            Self::Amx => "amx",
             Self::Avx2 => "avx2",
             Self::Plain => "plain",
         }
@@ -80,14 +85,15 @@ impl Kernels {
     /// The fastest, among them those that round activations to the type of the weights: for serving, where speed counts more than the
     /// last digits.
     pub fn fastest() -> Self {
-        #[cfg(target_arch = "x86_64")]
-        if x86::has_avx512_bf16() {
-            return Self::Avx512Bf16;
-        }
-        Self::best()
+        Self::available().into_iter().rfind(|kernels| kernels.rounds()).unwrap_or_else(Self::best)
     }
 
-    /// All that this CPU has; of those that multiply in f32 the fastest first.
+    /// Whether activations are rounded to the type of the weights.
+    pub const fn rounds(self) -> bool {
+        matches!(self, Self::Avx512Bf16 | Self::Amx)
+    }
+
+    /// All that this CPU has: those that multiply in f32, the fastest first, then those that round, the fastest last.
     pub fn available() -> Vec<Self> {
         let mut available = Vec::new();
         #[cfg(target_arch = "x86_64")]
@@ -101,8 +107,13 @@ impl Kernels {
         }
         available.push(Self::Plain);
         #[cfg(target_arch = "x86_64")]
-        if x86::has_avx512_bf16() {
-            available.push(Self::Avx512Bf16);
+        {
+            if x86::has_avx512_bf16() {
+                available.push(Self::Avx512Bf16);
+            }
+            if amx::has_amx() {
+                available.push(Self::Amx);
+            }
         }
         available
     }
@@ -116,7 +127,7 @@ impl Kernels {
             Self::Avx512 if x86::has_avx512() => unsafe { x86::run_avx512(kernel) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512Bf16 if x86::has_avx512_bf16() => unsafe { x86::run_avx512_bf16(kernel) },
+            Self::Avx512Bf16 | Self::Amx if x86::has_avx512_bf16() => unsafe { x86::run_avx512_bf16(kernel) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 if x86::has_avx2() => unsafe { x86::run_avx2(kernel) },

@@ -2,6 +2,8 @@
 
 use std::{hint::black_box, time::Instant};
 
+#[cfg(target_arch = "x86_64")]
+use super::amx;
 use super::{
     Kernels, parallel,
     simd::{Kernel, Multiply, Simd},
@@ -24,9 +26,19 @@ pub fn read_bandwidth(kernels: Kernels) -> f64 {
 /// Floating-point operations per second of all threads together that multiply bf16 weights and add, all in registers.
 pub fn products(kernels: Kernels) -> f64 {
     const TASKS: usize = 256;
-    let multiply = || parallel(TASKS, |_| _ = black_box(kernels.run(InRegisters)));
-    let operations = kernels.run(InRegisters).1 * TASKS;
+    let multiply = || parallel(TASKS, |_| _ = black_box(in_registers(kernels)));
+    let operations = in_registers(kernels) * TASKS;
     (0..TRIES).map(|_| operations as f64 / seconds(multiply)).fold(0.0, f64::max)
+}
+
+/// Does operations of which there are so many.
+fn in_registers(kernels: Kernels) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if kernels == Kernels::Amx && amx::has_amx() {
+        // SAFETY: there are tiles.
+        return unsafe { amx::in_registers() };
+    }
+    black_box(kernels.run(InRegisters)).1
 }
 
 fn seconds(run: impl FnOnce()) -> f64 {

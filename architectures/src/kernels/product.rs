@@ -9,6 +9,8 @@
 
 use half::bf16;
 
+#[cfg(target_arch = "x86_64")]
+use super::amx::{self, Pairs, has_amx};
 use super::{
     Kernels,
     blocks::{self, Eight},
@@ -117,6 +119,18 @@ pub(crate) enum Rows<'a> {
     Listed(&'a [u32]),
 }
 
+#[cfg(target_arch = "x86_64")]
+impl Rows<'_> {
+    /// Whether they are the same list.
+    fn are(self, other: Rows<'_>) -> bool {
+        match (self, other) {
+            (Self::All, Rows::All) => true,
+            (Self::Listed(rows), Rows::Listed(other)) => std::ptr::eq(rows, other),
+            _ => false,
+        }
+    }
+}
+
 /// One product.
 pub(crate) struct Job<'a> {
     pub operation: Operation<'a>,
@@ -148,38 +162,47 @@ unsafe impl Sync for Part<'_> {}
 
 /// The x of some jobs as they are multiplied, where that is not f32. Jobs share their x: q, k and v, the experts of a layer.
 #[derive(Default)]
-struct Prepared(Vec<(*const f32, usize, Form)>);
+struct Prepared<'a>(Vec<(&'a [f32], Form<'a>)>);
 
 /// Rows of x in another form.
-enum Form {
+enum Form<'a> {
     Bf16(Vec<bf16>),
     Eight(Box<Eight>),
+    /// some rows, for tiles
+    #[cfg(target_arch = "x86_64")]
+    Pairs(Box<Pairs>, Rows<'a>),
 }
 
-impl Prepared {
-    fn of(kernels: Kernels, jobs: &[Job<'_>]) -> Self {
+impl<'a> Prepared<'a> {
+    fn of(kernels: Kernels, jobs: &[Job<'a>]) -> Self {
         let mut prepared = Self::default();
         for job in jobs {
             let weights = job.operation.weights();
             let form = match weights.element {
                 _ if prepared.get(job).is_some() => continue,
+                #[cfg(target_arch = "x86_64")]
+                Element::Bf16 if kernels == Kernels::Amx && has_amx() => {
+                    Form::Pairs(Box::new(Pairs::of(job.x, weights.inner, job.rows)), job.rows)
+                }
                 Element::Bf16 if kernels == Kernels::Avx512Bf16 => Form::Bf16(kernels.run(Round(job.x))),
                 Element::Blocks(_) => Form::Eight(Box::new(Eight::of(kernels, job.x, weights.inner))),
                 Element::F32 | Element::F16 | Element::Bf16 => continue,
             };
-            prepared.0.push((job.x.as_ptr(), job.x.len(), form));
+            prepared.0.push((job.x, form));
         }
         prepared
     }
 
     /// The job's x in the form that its weights call for, if there is one.
     fn get(&self, job: &Job<'_>) -> Option<*const ()> {
-        let same = self.0.iter().filter(|(start, len, _)| *start == job.x.as_ptr() && *len == job.x.len());
-        let mut pointers = same.filter_map(|(_, _, form)| match (form, job.operation.weights().element) {
-            (Form::Bf16(rows), Element::Bf16) => Some(rows.as_ptr().cast()),
-            (Form::Eight(rows), Element::Blocks(_)) => Some((&raw const **rows).cast()),
-            _ => None,
-        });
+        let mut pointers =
+            self.0.iter().filter(|(x, _)| std::ptr::eq(*x, job.x)).filter_map(|(_, form)| match (form, job.operation.weights().element) {
+                (Form::Bf16(rows), Element::Bf16) => Some(rows.as_ptr().cast()),
+                #[cfg(target_arch = "x86_64")]
+                (Form::Pairs(pairs, rows), Element::Bf16) if rows.are(job.rows) => Some((&raw const **pairs).cast()),
+                (Form::Eight(rows), Element::Blocks(_)) => Some((&raw const **rows).cast()),
+                _ => None,
+            });
         pointers.next()
     }
 }
@@ -231,6 +254,7 @@ pub(crate) fn run(kernels: Kernels, jobs: Vec<Job<'_>>) {
             }
             let (multiple, once) = match weights.element {
                 Element::Blocks(_) => (2 * blocks::LANES, true),
+                Element::Bf16 if kernels == Kernels::Amx => (2 * blocks::LANES, n <= FEW),
                 _ => (TILE, n <= FEW),
             };
             let block = (if once { long } else { TASK } / weights.row_bytes()).max(1).next_multiple_of(multiple);
@@ -260,6 +284,9 @@ impl Part<'_> {
             match weights.element {
                 // SAFETY: as above.
                 Element::Blocks(dtype) => unsafe { blocks::multiply(kernels, &block, dtype) },
+                // SAFETY: as above; x is in the form for it.
+                #[cfg(target_arch = "x86_64")]
+                Element::Bf16 if kernels == Kernels::Amx && has_amx() => unsafe { amx::multiply(&block) },
                 _ => kernels.run(block),
             }
         };
