@@ -29,7 +29,7 @@ const STEP: usize = 32;
 /// Steps of a row of weights that are multiplied with all rows of x before the next ones: they fit the first-level cache.
 const STEPS: usize = 16;
 /// Bytes by which weights that are read but once are fetched ahead.
-const AHEAD: usize = 768;
+const AHEAD: usize = 384;
 
 /// Whether the CPU has tiles for bf16, and the system lets us use them.
 pub(super) fn has_amx() -> bool {
@@ -139,10 +139,24 @@ unsafe fn pairs<const SUM: usize, const A: usize, const B: usize>() {
     };
 }
 
+/// A row of a tile of bf16, within one line of the caches.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([bf16; STEP]);
+
+impl Line {
+    const ZERO: Self = Self([bf16::ZERO; STEP]);
+}
+
+/// Sums [lane][row of x] of sixteen rows of weights with sixteen of x.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Sums([f32; SIDE * SIDE]);
+
 /// Rows of x in bf16 as tiles take them: of each sixteen (the last may be fewer), for every 32 inner elements sixteen pairs of each row, [16][rows][2];
 /// beyond the last element stand zeros.
 pub(super) struct Pairs {
-    data: Vec<bf16>,
+    data: Vec<Line>,
     /// in, to the next multiple of 32
     wide: usize,
     /// N
@@ -165,8 +179,8 @@ impl Pairs {
             Rows::All => x.len() / inner,
             Rows::Listed(rows) => rows.len(),
         };
-        let mut data = vec![bf16::ZERO; n * wide];
-        let start = Start(data.as_mut_ptr());
+        let mut data = Vec::<Line>::with_capacity(n * wide / STEP);
+        let start = Start(data.as_mut_ptr().cast());
         parallel(n.div_ceil(SIDE), |tile| {
             let first = tile * SIDE;
             let count = (n - first).min(SIDE);
@@ -178,13 +192,15 @@ impl Pairs {
             // SAFETY: there are tiles, and room for the rows.
             unsafe { pack(&rows[..count], start.at(first * wide)) };
         });
+        // SAFETY: all of them have been written.
+        unsafe { data.set_len(n * wide / STEP) };
         Self { data, wide, rows: n }
     }
 
     /// The sixteen rows from the given one on.
     fn tile(&self, row: usize) -> Tile {
         let width = (self.rows - row).min(SIDE);
-        Tile { data: self.data[row * self.wide..].as_ptr().cast(), width }
+        Tile { data: self.data[row * self.wide / STEP..].as_ptr().cast(), width }
     }
 }
 
@@ -278,13 +294,24 @@ impl Lanes {
         self.data.wrapping_add(step * 2 * STEP)
     }
 
-    /// The elements from a step on, of which only so many are left, with zeros behind them.
-    unsafe fn padded(self, step: usize, left: usize) -> [[u8; 2 * STEP]; SIDE] {
-        let mut padded = [[0; 2 * STEP]; SIDE];
-        for (row, padded) in padded.iter_mut().enumerate().take(self.there) {
-            unsafe { std::ptr::copy_nonoverlapping(self.at(step).add(row * self.stride), padded.as_mut_ptr(), 2 * left) };
+    /// Copies the tiles of some steps, of rows of `inner` elements, beyond which stand zeros.
+    #[inline(always)]
+    unsafe fn copy(self, steps: Range<usize>, inner: usize, to: &mut [[Line; SIDE]]) {
+        for (step, to) in steps.zip(to) {
+            let len = (inner - step * STEP).min(STEP);
+            for (row, to) in to.iter_mut().enumerate().take(self.there) {
+                let from = self.at(step).wrapping_add(row * self.stride).cast::<[u8; 2 * STEP]>();
+                let to = (&raw mut *to).cast::<[u8; 2 * STEP]>();
+                unsafe {
+                    if len == STEP {
+                        *to = from.read();
+                    } else {
+                        *to = [0; 2 * STEP];
+                        std::ptr::copy_nonoverlapping(from.cast::<u8>(), to.cast::<u8>(), 2 * len);
+                    }
+                }
+            }
         }
-        padded
     }
 
     #[inline(always)]
@@ -301,32 +328,36 @@ impl Lanes {
 pub(super) unsafe fn multiply(b: &Block<'_>) {
     unsafe {
         let x = &*b.x.cast::<Pairs>();
-        let steps = x.wide / STEP;
+        let (inner, steps) = (b.weights.inner(), x.wide / STEP);
         let tile = |i: usize| if i * SIDE < b.n { x.tile(b.row + i * SIDE) } else { Tile::NONE };
         let mut registers = Tiles::new();
-        // [N / 16][2][lane][row of x]
-        let mut sums = vec![[[0f32; SIDE * SIDE]; 2]; b.n.div_ceil(SIDE)];
+        let mut sums = vec![[Sums([0.0; SIDE * SIDE]); 2]; b.n.div_ceil(SIDE)];
+        let mut copies = [[[Line::ZERO; SIDE]; STEPS]; 2];
         let once = b.n <= SIDE;
         // What is fetched ahead of one group is the next one.
         for groups in Group::all(b.out, b.n).chunks(if once { 1 } else { 2 }) {
             let lanes = [0, 1].map(|i| groups.get(i).map_or(Lanes::NONE, |group| Lanes::of(group, b)));
             for start in (0..steps).step_by(STEPS) {
                 let run = start..(start + STEPS).min(steps);
+                // Read again and again they had better lie together.
+                let direct = if once { run.start..run.end.min(inner / STEP) } else { run.start..run.start };
+                lanes.iter().zip(&mut copies).for_each(|(lanes, copies)| lanes.copy(direct.end..run.end, inner, copies));
                 for (two, sums) in sums.chunks_mut(2).enumerate() {
                     let tiles = [tile(2 * two), tile(2 * two + 1)];
                     let [(r0, r1), (w0, w1)] = [(lanes[0].there, lanes[1].there), (4 * tiles[0].width, 4 * tiles[1].width)];
-                    registers.shape(Shape::of([(r0, w0), (r0, w1), (r1, w0), (r1, w1), (r0, 64), (r1, 64), (SIDE, w0), (SIDE, w1)]));
-                    let part = Part { lanes, tiles, inner: b.weights.inner(), once };
+                    registers.shape(Shape::of([(r0, w0), (r0, w1), (r1, w0), (r1, w1), (r0, ROW), (r1, ROW), (SIDE, w0), (SIDE, w1)]));
+                    let part = Part { lanes, copies: &copies, tiles };
+                    let runs = [direct.clone(), direct.end..run.end];
                     match (groups.len(), sums.len()) {
-                        (2, 2) => part.add::<2, 2>(run.clone(), sums),
-                        (2, _) => part.add::<2, 1>(run.clone(), sums),
-                        (_, 2) => part.add::<1, 2>(run.clone(), sums),
-                        _ => part.add::<1, 1>(run.clone(), sums),
+                        (2, 2) => part.add::<2, 2>(runs, sums),
+                        (2, _) => part.add::<2, 1>(runs, sums),
+                        (_, 2) => part.add::<1, 2>(runs, sums),
+                        _ => part.add::<1, 1>(runs, sums),
                     }
                 }
             }
             for (i, sums) in sums.iter_mut().enumerate() {
-                for (group, sums) in groups.iter().zip(sums) {
+                for (group, Sums(sums)) in groups.iter().zip(sums) {
                     write(b, group, i * SIDE, sums);
                     sums.fill(0.0);
                 }
@@ -336,18 +367,16 @@ pub(super) unsafe fn multiply(b: &Block<'_>) {
 }
 
 /// Two tiles' rows of weights and two tiles' rows of x.
-struct Part {
+struct Part<'a> {
     lanes: [Lanes; 2],
+    copies: &'a [[[Line; SIDE]; STEPS]; 2],
     tiles: [Tile; 2],
-    inner: usize,
-    /// whether nobody reads these weights again
-    once: bool,
 }
 
-impl Part {
-    /// Adds to the sums [T][P] what some steps give of the first P and T.
+impl Part<'_> {
+    /// Adds to the sums [T][P] what some steps give of the first P and T: first those of weights where they lie, then those of copies.
     #[inline(always)]
-    unsafe fn add<const P: usize, const T: usize>(&self, steps: Range<usize>, sums: &mut [[[f32; SIDE * SIDE]; 2]]) {
+    unsafe fn add<const P: usize, const T: usize>(&self, [direct, copied]: [Range<usize>; 2], sums: &mut [[Sums; 2]]) {
         unsafe {
             let start = sums.as_mut_ptr().cast::<u8>();
             let place = |t: usize, p: usize| start.wrapping_add((2 * t + p) * ROW * SIDE);
@@ -361,16 +390,14 @@ impl Part {
                     load::<3>(place(1, 1), ROW);
                 }
             }
-            let whole = self.inner / STEP;
-            for step in steps.start..steps.end.min(whole) {
-                if self.once {
-                    self.lanes[..P].iter().for_each(|lanes| lanes.fetch(step));
-                }
+            for step in direct {
+                self.lanes[..P].iter().for_each(|lanes| lanes.fetch(step));
                 self.step::<P, T>(self.lanes.map(|lanes| (lanes.at(step), lanes.stride)), step);
             }
-            if steps.end > whole {
-                let padded = [0, 1].map(|p| self.lanes[p].padded(whole, self.inner % STEP));
-                self.step::<P, T>([0, 1].map(|p| (padded[p].as_ptr().cast(), ROW)), whole);
+            let first = copied.start;
+            for step in copied {
+                let copies = [&self.copies[0][step - first], &self.copies[1][step - first]];
+                self.step::<P, T>(copies.map(|copy| (copy.as_ptr().cast(), ROW)), step);
             }
             store::<0>(place(0, 0), ROW);
             if T == 2 {

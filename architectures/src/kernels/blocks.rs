@@ -248,10 +248,9 @@ impl Group {
             // SAFETY: the caller's.
             unsafe {
                 let y = b.y.add(row * b.stride + self.start);
-                if self.apart == 1 {
-                    std::ptr::copy_nonoverlapping(sums.as_ptr(), y, self.there);
-                } else {
-                    sums[..self.there].iter().enumerate().for_each(|(lane, sum)| *y.add(lane * self.apart) = *sum);
+                match sums.first_chunk::<LANES>() {
+                    Some(sums) if self.apart == 1 && self.there == LANES => y.cast::<[f32; LANES]>().write_unaligned(*sums),
+                    _ => sums[..self.there].iter().enumerate().for_each(|(lane, sum)| *y.add(lane * self.apart) = *sum),
                 }
             }
         }
