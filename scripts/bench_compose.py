@@ -7,10 +7,10 @@ usage: bench_compose.py RECIPE WORKDIR --upcycle BIN [--mergekit LABEL=BIN ...] 
 A round runs every command once, in an order drawn anew, so that neither a busy moment of the machine nor the state that
 one command leaves memory in always falls on the same one. Every run writes into an empty folder under WORKDIR, removed after it; the disk is synced between runs, outside
 the clock. `cp` copies what the first command wrote in an untimed warm-up, which also brings the sources into the page
-cache; with `--cold` the files under those folders (the sources) are dropped from it before every run. upcycle syncs what it writes before it exits, so that
-`cp + sync`, which does too, is what it compares with; mergekit does not, so `sync` is run on what it wrote. Wall time is until the process exits; CPU is
-user + system; memory is the highest anonymous memory sampled, which leaves out the mapped pages of sources. Prints a
-markdown table (medians; range of the wall times; highest peak).
+cache; with `--cold` the files under those folders (the sources) are dropped from it before every run. Like is compared with like: everybody runs once
+with `sync` of what is written (upcycle does that itself) and once without (`upcycle compose --no-sync`), except for commands given with --also. Wall
+time is until the process exits; CPU is user + system; memory is the highest anonymous memory sampled, which leaves out the mapped pages of sources.
+Prints a markdown table (medians, beside `cp`'s with or without sync as well; range of the wall times; highest peak).
 """
 import argparse, json, os, platform, random, shlex, shutil, statistics, subprocess, sys, threading, time
 
@@ -73,14 +73,15 @@ def labelled(text):
 
 
 def table(runs, out_bytes, rounds):
-    cp = {i: statistics.median(r[i] for r in runs["cp + sync"]) for i in (0, 1)}
+    median = lambda label, i: statistics.median(r[i] for r in runs[label])
     lines = [f"{out_bytes / 1e6:.0f} MB written; {rounds} interleaved rounds; {os.cpu_count()} CPUs ({platform.machine()}), "
              f"1-minute load {os.getloadavg()[0]:.1f} at the end", "",
-             "| command | wall s, median (range) | x cp + sync | CPU s | x cp + sync | own memory MiB |", "|---|---|---|---|---|---|"]
+             "| command | wall s, median (range) | x cp | CPU s | x cp | own memory MiB |", "|---|---|---|---|---|---|"]
     for label, rs in runs.items():
-        wall, cpu, rss = ([r[i] for r in rs] for i in range(3))
-        m, c = statistics.median(wall), statistics.median(cpu)
-        lines.append(f"| {label} | {m:.2f} ({min(wall):.2f}-{max(wall):.2f}) | {m / cp[0]:.1f} | {c:.2f} | {c / cp[1]:.1f} | {max(rss):.0f} |")
+        cp = "cp + sync" if "sync" in label and "no-sync" not in label else "cp"
+        wall = [r[0] for r in rs]
+        m, c = median(label, 0), median(label, 1)
+        lines.append(f"| {label} | {m:.2f} ({min(wall):.2f}-{max(wall):.2f}) | {m / median(cp, 0):.2f} | {c:.2f} | {c / median(cp, 1):.1f} | {max(r[2] for r in rs):.0f} |")
     return "\n".join(lines)
 
 
@@ -94,10 +95,13 @@ def main():
     os.makedirs(a.workdir, exist_ok=True)
     out, model, log = (os.path.join(a.workdir, n) for n in ("out", "same-bytes", "log.txt"))
     commands = {}
-    if a.upcycle: commands["upcycle compose"] = [a.upcycle, "compose", a.recipe, out]
+    synced = lambda command: ["sh", "-c", f"{shlex.join(command)} && sync {shlex.quote(out)}/*"]
+    if a.upcycle:
+        ours = [a.upcycle, "compose", a.recipe, out]
+        commands |= {"upcycle compose --no-sync": [*ours, "--no-sync"], "upcycle compose (syncs)": ours}
     for label, binary in map(labelled, a.mergekit):
-        run = shlex.join([binary, a.recipe, out, "--random-seed", str(a.seed)])
-        commands[f"{label} + sync"] = ["sh", "-c", f"{run} && sync {shlex.quote(out)}/*"]
+        theirs = [binary, a.recipe, out, "--random-seed", str(a.seed)]
+        commands |= {label: theirs, f"{label} + sync": synced(theirs)}
     for label, text in map(labelled, a.also):
         commands[label] = [w.format(recipe=a.recipe, out=out) for w in shlex.split(text)]
     if not commands: sys.exit("error: nothing to time; give --upcycle, --mergekit or --also")
@@ -108,8 +112,8 @@ def main():
         if i == 0:
             shutil.rmtree(model, ignore_errors=True)
             shutil.move(out, model)
-    cp = shlex.join(["cp", "-r", "--reflink=never", model, out])
-    commands = {"cp": ["sh", "-c", cp], "cp + sync": ["sh", "-c", f"{cp} && sync {shlex.quote(out)}/*"], **commands}
+    cp = ["cp", "-r", "--reflink=never", model, out]
+    commands = {"cp": cp, "cp + sync": synced(cp), **commands}
     runs = {label: [] for label in commands}
     shuffled = random.Random(a.seed)
     for n in range(a.rounds):

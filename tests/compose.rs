@@ -252,6 +252,9 @@ fn the_same_bytes_on_any_number_of_threads() {
     });
     assert_eq!(outputs[0], outputs[1]);
     assert_eq!(outputs[0], outputs[2]);
+    let unsynced = models.path("unsynced");
+    write::write(&composite(&recipe), &recipe, &unsynced, &Options { sync: false, ..Options::default() }, &Silent).unwrap();
+    assert_eq!(outputs[0], files(&unsynced));
 }
 
 #[test]

@@ -38,6 +38,7 @@ const MANY_SHARDS: Options = Options {
     tokenizer: true,
     card: true,
     allow_non_finite: false,
+    sync: true,
     checkpoint: 4_000,
 };
 

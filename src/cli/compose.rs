@@ -44,6 +44,9 @@ pub(crate) struct Args {
     /// Leave README.md and the recipe out
     #[arg(long)]
     no_write_model_card: bool,
+    /// Do not wait until everything is on the disk, as cp does not: a machine that fails may then leave a damaged composite (`verify` tells)
+    #[arg(long)]
+    no_sync: bool,
     /// Print what happens as lines of JSON
     #[arg(long)]
     json: bool,
@@ -172,6 +175,7 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<()> {
         tokenizer: !args.no_copy_tokenizer,
         card: !args.no_write_model_card,
         allow_non_finite: args.options.allow.iter().any(|name| name == recipe::NON_FINITE),
+        sync: !args.no_sync,
         ..write::Options::default()
     };
     write::check_directory(&args.out, &options)?;

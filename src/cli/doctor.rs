@@ -3,7 +3,7 @@
 use anstream::println;
 use indicatif::HumanBytes;
 use sysinfo::{Disks, MemoryRefreshKind, RefreshKind, System};
-use upcycle_architectures::{FAMILIES, upcycle::TARGETS};
+use upcycle_architectures::{FAMILIES, kernels::Kernels, upcycle::TARGETS};
 use upcycle_routers::init::METHODS;
 
 /// Arguments of `doctor`.
@@ -14,7 +14,8 @@ pub(crate) fn run(_args: Args) -> anyhow::Result<()> {
     let system = System::new_with_specifics(RefreshKind::nothing().with_memory(MemoryRefreshKind::everything()))?;
     println!("upcycle     {}", env!("CARGO_PKG_VERSION"));
     println!("features    {}", features().join(", "));
-    println!("cpu         {} threads, {}", rayon::current_num_threads(), simd().join(" "));
+    println!("cpu         {} threads", rayon::current_num_threads());
+    println!("kernels     {}", Kernels::available().into_iter().map(Kernels::name).collect::<Vec<_>>().join(", "));
     println!("memory      {} free of {}", HumanBytes(system.available_memory()), HumanBytes(system.total_memory()));
     let here = std::env::current_dir()?;
     if let Some((name, free)) = free_space(&here) {
@@ -42,20 +43,6 @@ fn features() -> Vec<&'static str> {
         ("accelerate", cfg!(feature = "accelerate")),
     ];
     all.into_iter().filter(|(_, on)| *on).map(|(name, _)| name).collect()
-}
-
-fn simd() -> Vec<&'static str> {
-    #[cfg(target_arch = "x86_64")]
-    let found = [
-        ("avx2", is_x86_feature_detected!("avx2")),
-        ("fma", is_x86_feature_detected!("fma")),
-        ("avx512f", is_x86_feature_detected!("avx512f")),
-        ("avx512bf16", is_x86_feature_detected!("avx512bf16")),
-        ("avx512vnni", is_x86_feature_detected!("avx512vnni")),
-    ];
-    #[cfg(not(target_arch = "x86_64"))]
-    let found = [("neon", cfg!(target_feature = "neon"))];
-    found.into_iter().filter(|(_, on)| *on).map(|(name, _)| name).collect()
 }
 
 /// Mount point and free bytes of the disk that holds the path.

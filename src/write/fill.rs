@@ -88,7 +88,9 @@ pub(super) fn fill(
     }
     let partial = |shard: usize| out.join(shards[shard].partial());
     let sync = |shard: usize, jobs: &[(JobId, u32)]| {
-        fs_err::OpenOptions::new().write(true).open(partial(shard))?.sync_data()?;
+        if options.sync {
+            fs_err::OpenOptions::new().write(true).open(partial(shard))?.sync_data()?;
+        }
         state.record(jobs.iter().map(|(id, crc)| (id, crc)))
     };
     let sharing = shares_extents(out);

@@ -55,6 +55,8 @@ pub struct Options {
     pub card: bool,
     /// Whether weights that are NaN or infinite may be written.
     pub allow_non_finite: bool,
+    /// Whether what is written is on the disk before it gets its name: if not, a machine that fails may leave files with holes.
+    pub sync: bool,
     /// Bytes of a shard after which what is written is synced and recorded, so that it need not be written again.
     pub checkpoint: u64,
 }
@@ -68,6 +70,7 @@ impl Default for Options {
             tokenizer: true,
             card: true,
             allow_non_finite: false,
+            sync: true,
             checkpoint: 1 << 30,
         }
     }
@@ -217,7 +220,7 @@ pub fn papers<'a>(composite: &'a Composite, recipe: &Recipe) -> Papers<'a> {
 /// Adds an evaluation, as markdown, to the card of the composite in a directory.
 pub fn evaluated(out: &Path, table: &str) -> Result<(), WriteError> {
     let card = fs_err::read_to_string(out.join(CARD))?;
-    put(out, CARD, card::evaluated(&card, table).as_bytes())
+    put(out, CARD, card::evaluated(&card, table).as_bytes(), true)
 }
 
 /// Writes the recipe's composite into directory `out` (made if it is not there).
@@ -285,7 +288,7 @@ pub fn write_with(
     }
     commit(&Final { composite, papers, manifest: &manifest, options }, &shards, out)?;
     state.finish()?;
-    sync_directory(out)?;
+    sync_directory(out, options)?;
     Ok(Written { shards: shards.iter().map(|shard| (shard.file.clone(), shard.bytes())).collect(), found: total - missing })
 }
 
@@ -350,7 +353,7 @@ fn commit(last: &Final<'_>, shards: &[Shard], out: &Path) -> Result<(), WriteErr
     let stale = stale(out, shards)?;
     if !finished.is_empty() || !stale.is_empty() {
         remove(&out.join(CONFIG))?;
-        sync_directory(out)?;
+        sync_directory(out, options)?;
     }
     for shard in finished {
         fs_err::rename(out.join(shard.partial()), out.join(&shard.file))?;
@@ -362,16 +365,16 @@ fn commit(last: &Final<'_>, shards: &[Shard], out: &Path) -> Result<(), WriteErr
             .flat_map(|shard| shard.tensors.iter().map(|&t| (composite.plan.tensors[t].name.as_str(), shard.file.as_str())))
             .collect();
         let index = json!({"metadata": {"total_size": composite.plan.bytes()}, "weight_map": map});
-        put(out, INDEX, &pretty(&index))?;
+        put(out, INDEX, &pretty(&index), options.sync)?;
     }
     sidecars(composite, papers.tokenizer, out, options)?;
     for (name, bytes) in papers.files.iter().filter(|_| options.card) {
-        put(out, name, bytes)?;
+        put(out, name, bytes, options.sync)?;
     }
-    put(out, MANIFEST, &pretty(&json!(manifest)))?;
-    sync_directory(out)?;
-    put(out, CONFIG, &pretty(&composite.plan.config_json))?;
-    sync_directory(out)
+    put(out, MANIFEST, &pretty(&json!(manifest)), options.sync)?;
+    sync_directory(out, options)?;
+    put(out, CONFIG, &pretty(&composite.plan.config_json), options.sync)?;
+    sync_directory(out, options)
 }
 
 /// Weights in the directory that are not of this composite.
@@ -401,12 +404,15 @@ fn same_place(a: &Path, b: &Path) -> bool {
 
 /// Renames are on disk when their directory is.
 #[cfg(unix)]
-fn sync_directory(out: &Path) -> Result<(), WriteError> {
-    Ok(fs_err::File::open(out)?.sync_all()?)
+fn sync_directory(out: &Path, options: &Options) -> Result<(), WriteError> {
+    if options.sync {
+        fs_err::File::open(out)?.sync_all()?;
+    }
+    Ok(())
 }
 
 #[cfg(not(unix))]
-fn sync_directory(_: &Path) -> Result<(), WriteError> {
+fn sync_directory(_: &Path, _: &Options) -> Result<(), WriteError> {
     Ok(())
 }
 
@@ -428,11 +434,11 @@ fn sidecars(composite: &Composite, tokenizer: &Source, out: &Path, options: &Opt
     let base = composite.sources.base();
     for (name, sidecar) in &tokenizer.sidecars {
         if options.tokenizer && name != "generation_config.json" && !name.starts_with("LICENSE") {
-            put(out, name, &sidecar.read()?)?;
+            put(out, name, &sidecar.read()?, options.sync)?;
         }
     }
     if let Some(bytes) = source::sidecar(base, "generation_config.json") {
-        put(out, "generation_config.json", &generation_config(&bytes, composite))?;
+        put(out, "generation_config.json", &generation_config(&bytes, composite), options.sync)?;
     }
     Ok(())
 }
@@ -458,11 +464,13 @@ fn pretty(value: &Value) -> Vec<u8> {
 }
 
 /// A small file, whole or not at all.
-fn put(out: &Path, name: &str, bytes: &[u8]) -> Result<(), WriteError> {
+fn put(out: &Path, name: &str, bytes: &[u8], sync: bool) -> Result<(), WriteError> {
     let partial = out.join(format!(".{name}.partial"));
     let mut file = fs_err::File::create(&partial)?;
     file.write_all(bytes)?;
-    file.sync_all()?;
+    if sync {
+        file.sync_all()?;
+    }
     drop(file);
     Ok(fs_err::rename(&partial, out.join(name))?)
 }
