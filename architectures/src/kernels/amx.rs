@@ -7,6 +7,7 @@ use std::{
     arch::{asm, x86_64 as arch},
     array,
     marker::PhantomData,
+    mem::MaybeUninit,
     ops::Range,
     sync::LazyLock,
 };
@@ -144,9 +145,8 @@ unsafe fn pairs<const SUM: usize, const A: usize, const B: usize>() {
 #[repr(C, align(64))]
 struct Line([bf16; STEP]);
 
-impl Line {
-    const ZERO: Self = Self([bf16::ZERO; STEP]);
-}
+/// Tiles of weights, one of each step.
+type Copies = [[Line; SIDE]; STEPS];
 
 /// Sums [lane][row of x] of sixteen rows of weights with sixteen of x.
 #[derive(Clone, Copy)]
@@ -296,18 +296,18 @@ impl Lanes {
 
     /// Copies the tiles of some steps, of rows of `inner` elements, beyond which stand zeros.
     #[inline(always)]
-    unsafe fn copy(self, steps: Range<usize>, inner: usize, to: &mut [[Line; SIDE]]) {
-        for (step, to) in steps.zip(to) {
+    unsafe fn copy(self, steps: Range<usize>, inner: usize, to: *mut Copies) {
+        for (i, step) in steps.enumerate() {
             let len = (inner - step * STEP).min(STEP);
-            for (row, to) in to.iter_mut().enumerate().take(self.there) {
-                let from = self.at(step).wrapping_add(row * self.stride).cast::<[u8; 2 * STEP]>();
-                let to = (&raw mut *to).cast::<[u8; 2 * STEP]>();
+            for row in 0..self.there {
+                let from = self.at(step).wrapping_add(row * self.stride);
                 unsafe {
+                    let to = (&raw mut (*to)[i][row]).cast::<[u8; ROW]>();
                     if len == STEP {
-                        *to = from.read();
+                        *to = from.cast::<[u8; ROW]>().read();
                     } else {
-                        *to = [0; 2 * STEP];
-                        std::ptr::copy_nonoverlapping(from.cast::<u8>(), to.cast::<u8>(), 2 * len);
+                        *to = [0; ROW];
+                        std::ptr::copy_nonoverlapping(from, to.cast(), 2 * len);
                     }
                 }
             }
@@ -332,21 +332,25 @@ pub(super) unsafe fn multiply(b: &Block<'_>) {
         let tile = |i: usize| if i * SIDE < b.n { x.tile(b.row + i * SIDE) } else { Tile::NONE };
         let mut registers = Tiles::new();
         let mut sums = vec![[Sums([0.0; SIDE * SIDE]); 2]; b.n.div_ceil(SIDE)];
-        let mut copies = [[[Line::ZERO; SIDE]; STEPS]; 2];
+        let mut copies = MaybeUninit::<[Copies; 2]>::uninit();
+        let copies = [0, 1].map(|p| copies.as_mut_ptr().cast::<Copies>().wrapping_add(p));
         let once = b.n <= SIDE;
+        let span = if once { steps } else { STEPS };
         // What is fetched ahead of one group is the next one.
         for groups in Group::all(b.out, b.n).chunks(if once { 1 } else { 2 }) {
             let lanes = [0, 1].map(|i| groups.get(i).map_or(Lanes::NONE, |group| Lanes::of(group, b)));
-            for start in (0..steps).step_by(STEPS) {
-                let run = start..(start + STEPS).min(steps);
-                // Read again and again they had better lie together.
+            for start in (0..steps).step_by(span) {
+                let run = start..(start + span).min(steps);
+                // Read again and again they had better lie together; and the last may need zeros behind it.
                 let direct = if once { run.start..run.end.min(inner / STEP) } else { run.start..run.start };
-                lanes.iter().zip(&mut copies).for_each(|(lanes, copies)| lanes.copy(direct.end..run.end, inner, copies));
+                for (lanes, copies) in lanes.iter().zip(copies) {
+                    lanes.copy(direct.end..run.end, inner, copies);
+                }
                 for (two, sums) in sums.chunks_mut(2).enumerate() {
                     let tiles = [tile(2 * two), tile(2 * two + 1)];
                     let [(r0, r1), (w0, w1)] = [(lanes[0].there, lanes[1].there), (4 * tiles[0].width, 4 * tiles[1].width)];
                     registers.shape(Shape::of([(r0, w0), (r0, w1), (r1, w0), (r1, w1), (r0, ROW), (r1, ROW), (SIDE, w0), (SIDE, w1)]));
-                    let part = Part { lanes, copies: &copies, tiles };
+                    let part = Part { lanes, copies: copies.map(<*mut _>::cast_const), tiles };
                     let runs = [direct.clone(), direct.end..run.end];
                     match (groups.len(), sums.len()) {
                         (2, 2) => part.add::<2, 2>(runs, sums),
@@ -367,13 +371,13 @@ pub(super) unsafe fn multiply(b: &Block<'_>) {
 }
 
 /// Two tiles' rows of weights and two tiles' rows of x.
-struct Part<'a> {
+struct Part {
     lanes: [Lanes; 2],
-    copies: &'a [[[Line; SIDE]; STEPS]; 2],
+    copies: [*const Copies; 2],
     tiles: [Tile; 2],
 }
 
-impl Part<'_> {
+impl Part {
     /// Adds to the sums [T][P] what some steps give of the first P and T: first those of weights where they lie, then those of copies.
     #[inline(always)]
     unsafe fn add<const P: usize, const T: usize>(&self, [direct, copied]: [Range<usize>; 2], sums: &mut [[Sums; 2]]) {
@@ -396,8 +400,8 @@ impl Part<'_> {
             }
             let first = copied.start;
             for step in copied {
-                let copies = [&self.copies[0][step - first], &self.copies[1][step - first]];
-                self.step::<P, T>(copies.map(|copy| (copy.as_ptr().cast(), ROW)), step);
+                let copies = self.copies.map(|copies| (copies.cast::<u8>().wrapping_add((step - first) * SIDE * ROW), ROW));
+                self.step::<P, T>(copies, step);
             }
             store::<0>(place(0, 0), ROW);
             if T == 2 {

@@ -162,15 +162,15 @@ unsafe impl Sync for Part<'_> {}
 
 /// The x of some jobs as they are multiplied, where that is not f32. Jobs share their x: q, k and v, the experts of a layer.
 #[derive(Default)]
-struct Prepared<'a>(Vec<(&'a [f32], Form<'a>)>);
+struct Prepared<'a>(Vec<(&'a [f32], Rows<'a>, Form)>);
 
 /// Rows of x in another form.
-enum Form<'a> {
+enum Form {
     Bf16(Vec<bf16>),
     Eight(Box<Eight>),
-    /// some rows, for tiles
+    /// those that a job chooses, for tiles
     #[cfg(target_arch = "x86_64")]
-    Pairs(Box<Pairs>, Rows<'a>),
+    Pairs(Box<Pairs>),
 }
 
 impl<'a> Prepared<'a> {
@@ -181,28 +181,26 @@ impl<'a> Prepared<'a> {
             let form = match weights.element {
                 _ if prepared.get(job).is_some() => continue,
                 #[cfg(target_arch = "x86_64")]
-                Element::Bf16 if kernels == Kernels::Amx && has_amx() => {
-                    Form::Pairs(Box::new(Pairs::of(job.x, weights.inner, job.rows)), job.rows)
-                }
+                Element::Bf16 if kernels == Kernels::Amx && has_amx() => Form::Pairs(Box::new(Pairs::of(job.x, weights.inner, job.rows))),
                 Element::Bf16 if kernels == Kernels::Avx512Bf16 => Form::Bf16(kernels.run(Round(job.x))),
                 Element::Blocks(_) => Form::Eight(Box::new(Eight::of(kernels, job.x, weights.inner))),
                 Element::F32 | Element::F16 | Element::Bf16 => continue,
             };
-            prepared.0.push((job.x, form));
+            prepared.0.push((job.x, job.rows, form));
         }
         prepared
     }
 
     /// The job's x in the form that its weights call for, if there is one.
     fn get(&self, job: &Job<'_>) -> Option<*const ()> {
-        let mut pointers =
-            self.0.iter().filter(|(x, _)| std::ptr::eq(*x, job.x)).filter_map(|(_, form)| match (form, job.operation.weights().element) {
-                (Form::Bf16(rows), Element::Bf16) => Some(rows.as_ptr().cast()),
-                #[cfg(target_arch = "x86_64")]
-                (Form::Pairs(pairs, rows), Element::Bf16) if rows.are(job.rows) => Some((&raw const **pairs).cast()),
-                (Form::Eight(rows), Element::Blocks(_)) => Some((&raw const **rows).cast()),
-                _ => None,
-            });
+        let same = self.0.iter().filter(|(x, ..)| std::ptr::eq(*x, job.x));
+        let mut pointers = same.filter_map(|prepared| match (&prepared.2, job.operation.weights().element) {
+            (Form::Bf16(rows), Element::Bf16) => Some(rows.as_ptr().cast()),
+            #[cfg(target_arch = "x86_64")]
+            (Form::Pairs(pairs), Element::Bf16) if prepared.1.are(job.rows) => Some((&raw const **pairs).cast()),
+            (Form::Eight(rows), Element::Blocks(_)) => Some((&raw const **rows).cast()),
+            _ => None,
+        });
         pointers.next()
     }
 }
