@@ -136,8 +136,8 @@ unsafe fn store<const FROM: usize>(to: *mut u8, stride: usize) {
 #[inline(always)]
 unsafe fn pairs<const SUM: usize, const A: usize, const B: usize>() {
     unsafe {
-        asm!("tdpbf16ps tmm{sum}, tmm{a}, tmm{b}", sum = const SUM, a = const A, b = const B, options(nomem, nostack, preserves_flags))
-    };
+        asm!("tdpbf16ps tmm{sum}, tmm{a}, tmm{b}", sum = const SUM, a = const A, b = const B, options(nomem, nostack, preserves_flags));
+    }
 }
 
 /// A row of a tile of bf16, within one line of the caches.

@@ -189,14 +189,11 @@ pub(super) unsafe fn multiply(kernels: Kernels, b: &Block<'_>, dtype: Dtype) {
     // SAFETY: the caller's promise, and the CPU has what is asked for.
     unsafe {
         match kernels {
+            Kernels::Plain => block::<Plain>(b, dtype),
             #[cfg(target_arch = "x86_64")]
-            Kernels::Avx512 | Kernels::Avx512Bf16 | Kernels::Amx if super::x86_blocks::has_avx512() => {
-                super::x86_blocks::run_avx512(b, dtype)
-            }
+            _ if kernels != Kernels::Avx2 && super::x86_blocks::has_avx512() => super::x86_blocks::run_avx512(b, dtype),
             #[cfg(target_arch = "x86_64")]
-            Kernels::Avx2 | Kernels::Avx512 | Kernels::Avx512Bf16 | Kernels::Amx if super::x86::has_avx2() => {
-                super::x86_blocks::run_avx2(b, dtype)
-            }
+            _ if super::x86::has_avx2() => super::x86_blocks::run_avx2(b, dtype),
             _ => block::<Plain>(b, dtype),
         }
     }
