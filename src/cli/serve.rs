@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use tokio::{net::TcpListener, runtime::Runtime, task};
+use tokio::{runtime::Runtime, task};
 use upcycle::{
     engine::{self, Engine},
     serve::{self, Access, Entry, Key, Residence, Server},
@@ -151,7 +151,7 @@ async fn serve(args: Args) -> anyhow::Result<()> {
     let place = format!("{}:{}", args.host, args.port);
     let access = args.access.access()?;
     open_many_files();
-    let listener = TcpListener::bind((args.host.as_str(), args.port)).await.with_context(|| format!("cannot listen on {place}"))?;
+    let listener = serve::bind(&args.host, args.port).await.with_context(|| format!("cannot listen on {place}"))?;
     let address = listener.local_addr()?;
     if !address.ip().is_loopback() && access.keys.is_empty() {
         ui::warn(format!("whoever can reach {address} may ask: `--api-key` keeps others out"));

@@ -1,6 +1,11 @@
 //! Connections: taken up to a limit, closed when nothing comes, and brought to an end when the server shuts down.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    io::{self, ErrorKind},
+    net::SocketAddr,
+    sync::Arc,
+    time::Duration,
+};
 
 use axum::Router;
 use hyper::server::conn::http1;
@@ -10,16 +15,40 @@ use hyper_util::{
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpSocket, TcpStream, lookup_host},
     sync::{Semaphore, watch},
     time,
 };
 
 use super::guard::Access;
 
+/// Connections that may wait to be taken. Who finds no place there tries again after a second, and the usual 128 are few.
+const WAITING: u32 = 4096;
+
 /// What those get who come when there are too many.
 const FULL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\ncontent-length: 111\r\nretry-after: 1\r\nconnection: close\r\n\r\n\
 {\"error\":{\"message\":\"the server has too many connections\",\"type\":\"unavailable_error\",\"param\":null,\"code\":null}}";
+
+/// A listener at the first of the host's addresses that can be had.
+pub async fn bind(host: &str, port: u16) -> io::Result<TcpListener> {
+    let mut result = Err(io::Error::new(ErrorKind::InvalidInput, "the host has no address"));
+    for address in lookup_host((host, port)).await? {
+        result = bind_to(address);
+        if result.is_ok() {
+            break;
+        }
+    }
+    result
+}
+
+fn bind_to(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    // A server that starts again need not wait for its last one's connections.
+    #[cfg(unix)]
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(WAITING)
+}
 
 /// Answers on `listener` until `shutdown` is done; then takes no more connections and returns when the last one has ended.
 pub(super) async fn listen(listener: TcpListener, router: Router, access: &Access, shutdown: impl Future<Output = ()>) {
@@ -97,6 +126,18 @@ fn is_of_the_connection(error: &io::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn many_connections_wait_to_be_taken() {
+        let listener = bind("127.0.0.1", 0).await.unwrap();
+        let start = time::Instant::now();
+        let mut waiting = Vec::new();
+        for _ in 0..300 {
+            waiting.push(TcpStream::connect(listener.local_addr().unwrap()).await.unwrap());
+        }
+        assert!(start.elapsed() < Duration::from_millis(900), "someone had to try again");
+        assert_eq!(bind("127.0.0.1", listener.local_addr().unwrap().port()).await.unwrap_err().kind(), ErrorKind::AddrInUse);
+    }
 
     #[test]
     fn the_refusal_has_the_length_that_it_says() {

@@ -52,6 +52,7 @@ use self::{
 };
 pub use self::{
     guard::{Access, Key},
+    listen::bind,
     registry::{Entry, Loader, Residence},
 };
 use crate::engine::Request;
