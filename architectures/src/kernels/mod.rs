@@ -12,7 +12,7 @@
 //! ([`Kernels::Avx512Bf16`], [`Kernels::Amx`]), and all else is multiplied in f32.
 //!
 //! `unsafe` code of this crate stands here alone. Every kernel is one generic function over [`simd::Simd`] (for blocks [`blocks::Integers`]), so
-//! that what is tested for one kind of instructions is what runs with another.
+//! that what is tested for one kind of instructions is what runs with another. Tiles (`amx`) are a kernel of their own, under the same tests.
 
 #![allow(clippy::inline_always, reason = "what is not inlined is not compiled for the instructions of its caller")]
 
