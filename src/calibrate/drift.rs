@@ -1,6 +1,7 @@
 //! How far the experts' attention has gone from the base's, looked up in a few tensors before anything is composed: it decides whether the base's
 //! shared weights can stand for the experts', and what to say if they cannot.
 
+use rayon::prelude::*;
 use upcycle_architectures::{AttentionPart, LayerRole, Role, View, WeightsError};
 
 use crate::{
@@ -21,25 +22,29 @@ pub fn drift(recipe: &Recipe, sources: &Sources) -> Result<Vec<f64>, WeightsErro
     use AttentionPart::{K, O, Q, V};
     let base = sources.base();
     let last = base.config.layers.saturating_sub(1);
-    let (mut own, mut added) = (0.0, vec![0.0; recipe.experts.len()]);
-    for l in [0, last / 2, last] {
+    let roles = [0, last / 2, last].into_iter().flat_map(|l| {
         let attention = [Q, K, V, O].map(|part| Role::Layer(l, LayerRole::Attention(part)));
-        for role in attention.into_iter().chain([Role::Layer(l, LayerRole::InputNorm)]) {
-            let Some(name) = base.family.name(role) else { continue };
-            let view = base.weights.read(&name)?;
-            let base = head(&view);
-            own += base.iter().map(|w| f64::from(w * w)).sum::<f64>();
-            for (expert, added) in recipe.experts.iter().zip(&mut added) {
-                let other = sources.get(&expert.source_model).weights.read(&name)?;
-                *added += if other.info.shape == view.info.shape {
-                    base.iter().zip(head(&other)).map(|(a, b)| f64::from((a - b) * (a - b))).sum()
-                } else {
-                    f64::INFINITY
-                };
-            }
-        }
-    }
-    Ok(added.into_iter().map(|added| if added > 0.0 { (added / own).sqrt() } else { 0.0 }).collect())
+        attention.into_iter().chain([Role::Layer(l, LayerRole::InputNorm)])
+    });
+    let names: Vec<String> = roles.filter_map(|role| base.family.name(role)).collect();
+    // Of each tensor ‖W‖² and each expert's ‖τ‖².
+    let squares = names.par_iter().map(|name| {
+        let view = base.weights.read(name)?;
+        let base = head(&view);
+        let added = recipe.experts.iter().map(|expert| {
+            let other = sources.get(&expert.source_model).weights.read(name)?;
+            Ok(if other.info.shape == view.info.shape {
+                base.iter().zip(head(&other)).map(|(a, b)| f64::from((a - b) * (a - b))).sum()
+            } else {
+                f64::INFINITY
+            })
+        });
+        Ok((base.iter().map(|w| f64::from(w * w)).sum::<f64>(), added.collect::<Result<Vec<f64>, WeightsError>>()?))
+    });
+    let squares = squares.collect::<Result<Vec<_>, WeightsError>>()?;
+    let own: f64 = squares.iter().map(|(own, _)| own).sum();
+    let added = (0..recipe.experts.len()).map(|e| squares.iter().map(|(_, added)| added[e]).sum::<f64>());
+    Ok(added.map(|added| if added > 0.0 { (added / own).sqrt() } else { 0.0 }).collect())
 }
 
 /// The first elements.

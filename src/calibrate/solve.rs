@@ -3,7 +3,7 @@
 //! Moments are summed in f32, systems are solved in f64. N rows, `in` and `out` the sizes of a linear layer.
 
 use candle_core::{DType, Device, Result as TensorResult, Tensor};
-use upcycle_routers::linalg;
+use upcycle_routers::linalg::{self, Cholesky};
 
 use super::CalibrateError;
 
@@ -14,22 +14,20 @@ const SHRINK: f64 = 0.95;
 /// Keeps the weighted mean defined where there are fewer rows than dimensions, relative like [`SHARED_RIDGE`].
 const MEAN_RIDGE: f64 = 1e-6;
 
-/// One model's linear layer and what it sees.
-pub(super) struct Seen<'a> {
-    /// [out, in]
-    pub matrix: Tensor,
-    /// [N, in]
-    pub inputs: &'a Tensor,
-    /// of each row, [N, 1]
-    pub weight: Tensor,
+/// `sum_i w_i x_i x_i^T`, [in, in], of rows x [N, in] with weights [N, 1].
+pub(super) fn gram(x: &Tensor, weight: &Tensor) -> TensorResult<Tensor> {
+    x.broadcast_mul(weight)?.t()?.matmul(x)
 }
 
-/// `(sum_e W_e G_e)(sum_e G_e)^-1`, [out, in], `G_e` the shrunk second moments of model e's own inputs (`RegMean`, arXiv 2212.09849).
-pub(super) fn weighted_mean<'a>(models: impl Iterator<Item = Result<Seen<'a>, CalibrateError>>) -> Result<Tensor, CalibrateError> {
+/// `(sum_e W_e G_e)(sum_e G_e)^-1`, [out, in], of models' linear layers `W_e` [out, in], each with the second moments [in, in] of its own inputs, of
+/// which `G_e` are shrunk ones (`RegMean`, arXiv 2212.09849).
+pub(super) fn weighted_mean<'a>(
+    models: impl Iterator<Item = Result<(Tensor, &'a Tensor), CalibrateError>>,
+) -> Result<Tensor, CalibrateError> {
     let mut sums: Option<(Tensor, Tensor)> = None;
     for model in models {
-        let Seen { matrix, inputs, weight } = model?;
-        let gram = shrink(&inputs.broadcast_mul(&weight)?.t()?.matmul(inputs)?)?;
+        let (matrix, moments) = model?;
+        let gram = shrink(moments)?;
         let product = matrix.matmul(&gram)?;
         sums = Some(match sums {
             Some((numerator, denominator)) => ((numerator + product)?, (denominator + gram)?),
@@ -40,12 +38,26 @@ pub(super) fn weighted_mean<'a>(models: impl Iterator<Item = Result<Seen<'a>, Ca
     solve(&denominator, MEAN_RIDGE, &numerator)
 }
 
-/// The matrix [out, in] that minimises `sum_i w_i |targets_i - W inputs_i|^2 + ridge |W - start|^2`, for `inputs` [N, in], `targets` [N, out]
-/// and `weight` [N, 1].
-pub(super) fn fit_near(start: &Tensor, inputs: &Tensor, targets: &Tensor, weight: &Tensor) -> Result<Tensor, CalibrateError> {
-    let weighted = inputs.broadcast_mul(weight)?;
-    let left = (targets - inputs.matmul(&start.t()?)?)?;
-    correct(start, &weighted.t()?.matmul(inputs)?, &left.t()?.matmul(&weighted)?)
+/// What a linear layer sees of the rows that it is fitted to.
+pub(super) struct Seen<'a> {
+    /// [N, in]
+    pub inputs: &'a Tensor,
+    /// [N, 1]
+    pub weight: &'a Tensor,
+    /// their second moments, [in, in]
+    pub gram: Tensor,
+}
+
+impl<'a> Seen<'a> {
+    pub fn new(inputs: &'a Tensor, weight: &'a Tensor) -> TensorResult<Self> {
+        Ok(Self { inputs, weight, gram: gram(inputs, weight)? })
+    }
+
+    /// The matrix [out, in] that minimises `sum_i w_i |targets_i - W inputs_i|^2 + ridge |W - start|^2`, for `targets` [N, out].
+    pub fn fit_near(&self, start: &Tensor, targets: &Tensor) -> Result<Tensor, CalibrateError> {
+        let left = (targets - self.inputs.matmul(&start.t()?)?)?;
+        correct(start, &self.gram, &left.broadcast_mul(self.weight)?.t()?.matmul(self.inputs)?)
+    }
 }
 
 /// The same from moments: `gram` of the inputs, [in, in], and `cross`, [out, in], of what is left of the targets with the inputs.
@@ -54,18 +66,38 @@ pub(super) fn correct(start: &Tensor, gram: &Tensor, cross: &Tensor) -> Result<T
 }
 
 /// b (gram + ridge)^-1 for b [m, n], gram [n, n]; the ridge is relative to the mean diagonal.
-pub(super) fn solve(gram: &Tensor, ridge: f64, b: &Tensor) -> Result<Tensor, CalibrateError> {
-    let (m, n) = b.dims2()?;
-    let host = |tensor: &Tensor| {
-        let values = tensor.to_device(&Device::Cpu)?.contiguous()?.flatten_all()?.to_vec1::<f32>()?;
-        TensorResult::Ok(values.into_iter().map(f64::from).collect::<Vec<f64>>())
-    };
-    let mut a = host(gram)?;
-    linalg::add_ridge(&mut a, n, ridge);
-    let mut x = host(&b.t()?)?; // [n, m]
-    linalg::solve_spd(&mut a, n, &mut x, m)?;
-    let x: Vec<f32> = x.into_iter().map(|v| v as f32).collect();
-    Ok(Tensor::from_vec(x, (n, m), &Device::Cpu)?.to_device(b.device())?.t()?.contiguous()?)
+fn solve(gram: &Tensor, ridge: f64, b: &Tensor) -> Result<Tensor, CalibrateError> {
+    Factor::new(gram, ridge)?.solve(b)
+}
+
+/// A gram [n, n] plus its ridge, factorised.
+pub(super) struct Factor {
+    factor: Cholesky,
+    size: usize,
+}
+
+impl Factor {
+    /// The ridge is relative to the mean diagonal.
+    pub fn new(gram: &Tensor, ridge: f64) -> Result<Self, CalibrateError> {
+        let size = gram.dim(0)?;
+        let mut a = host(gram)?;
+        linalg::add_ridge(&mut a, size, ridge);
+        Ok(Self { factor: Cholesky::new(a, size)?, size })
+    }
+
+    /// b (gram + ridge)^-1 for b [m, n].
+    pub fn solve(&self, b: &Tensor) -> Result<Tensor, CalibrateError> {
+        let m = b.dim(0)?;
+        let mut x = host(&b.t()?)?; // [n, m]
+        self.factor.solve(&mut x, m);
+        let x: Vec<f32> = x.into_iter().map(|v| v as f32).collect();
+        Ok(Tensor::from_vec(x, (self.size, m), &Device::Cpu)?.to_device(b.device())?.t()?.contiguous()?)
+    }
+}
+
+fn host(tensor: &Tensor) -> TensorResult<Vec<f64>> {
+    let values = tensor.to_device(&Device::Cpu)?.contiguous()?.flatten_all()?.to_vec1::<f32>()?;
+    Ok(values.into_iter().map(f64::from).collect())
 }
 
 /// Off-diagonal elements times [`SHRINK`].
@@ -146,8 +178,8 @@ mod tests {
         let mut rng = ChaCha8Rng::seed_from_u64(1);
         let models: Vec<[Tensor; 3]> =
             [30, 50, 40].map(|n| [random(&mut rng, OUT, IN), random(&mut rng, n, IN), (random(&mut rng, n, 1) + 0.3).unwrap()]).into();
-        let seen = models.iter().map(|[matrix, inputs, weight]| Ok(Seen { matrix: matrix.clone(), inputs, weight: weight.clone() }));
-        let found = weighted_mean(seen).unwrap();
+        let grams: Vec<Tensor> = models.iter().map(|[_, inputs, weight]| gram(inputs, weight).unwrap()).collect();
+        let found = weighted_mean(models.iter().zip(&grams).map(|([matrix, ..], gram)| Ok((matrix.clone(), gram)))).unwrap();
 
         let (mut numerator, mut denominator) = (vec![vec![0.0; IN]; OUT], vec![vec![0.0; IN]; IN]);
         for [matrix, inputs, weight] in &models {
@@ -169,7 +201,7 @@ mod tests {
         for n in [200, 5] {
             let [start, inputs, targets] = [(OUT, IN), (n, IN), (n, OUT)].map(|(rows, columns)| random(&mut rng, rows, columns));
             let weight = (random(&mut rng, n, 1) + 0.3).unwrap();
-            let found = fit_near(&start, &inputs, &targets, &weight).unwrap();
+            let found = Seen::new(&inputs, &weight).unwrap().fit_near(&start, &targets).unwrap();
 
             // (sum w t x^T + ridge start)(sum w x x^T + ridge)^-1
             let (x, w) = (f64s(&inputs), f64s(&weight));

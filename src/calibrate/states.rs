@@ -3,7 +3,7 @@
 use candle_core::{DType, Result, Tensor};
 use upcycle_architectures::{
     Role, TensorInfo, View, WeightsError,
-    decoder::{Decoder, Logits, Probe, Site, Step},
+    decoder::{Decoder, LanguageModel as _, Logits, Probe, Site, Step},
 };
 use upcycle_routers::init::{Pooled, PromptState};
 
@@ -11,7 +11,7 @@ use super::{CalibrateError, prompts::Prompts};
 use crate::source::Source;
 
 /// Tokens of one forward pass, unless a single prompt has more: enough that weights are read few times, few enough to stay small.
-const BATCH: usize = 1024;
+const BATCH: usize = 512;
 
 /// Which of a prompt's states count.
 #[derive(Clone, Copy)]
@@ -66,7 +66,7 @@ struct Item<'a> {
 }
 
 fn forward(decoder: &Decoder, batch: &[Item<'_>], probe: &mut dyn Probe) -> std::result::Result<(), CalibrateError> {
-    let mut caches: Vec<_> = batch.iter().map(|_| decoder.cache()).collect();
+    let mut caches: Vec<_> = batch.iter().map(|_| decoder.scratch()).collect();
     let mut steps: Vec<Step<'_>> =
         batch.iter().zip(&mut caches).map(|(item, cache)| Step { tokens: item.tokens, cache, logits: Logits::None }).collect();
     decoder.forward(&mut steps, probe)?;

@@ -30,7 +30,7 @@ use upcycle_routers::{
 
 use super::{
     CalibrateError, FOLDS,
-    solve::{self, Seen},
+    solve::{self, Factor, Seen},
     store::{Found, Overlay, Store, Writer},
     text::Corpus,
 };
@@ -48,6 +48,36 @@ const REPAIR_RIDGE: f64 = 0.1;
 const REPAIR_ROUNDS: usize = 2;
 /// Added to each token's share of a text when embeddings are averaged by use, relative to a uniform share.
 const UNUSED: f32 = 0.02;
+
+/// Rows that an expert was picked for.
+struct Picked {
+    /// of all N, `[n]`
+    ids: Vec<u32>,
+    /// hidden states times routing weights, [n, F]
+    a: Tensor,
+}
+
+impl Picked {
+    fn ids(&self) -> TensorResult<Tensor> {
+        Tensor::new(&self.ids[..], self.a.device())
+    }
+
+    /// Second moments of `a`, [F, F], in the rows `wanted`, with weights [N, 1]; `None` without rows.
+    fn gram(&self, weight: &Tensor, wanted: impl Fn(usize) -> bool) -> TensorResult<Option<Tensor>> {
+        let wanted = |place: &u32| wanted(self.ids[*place as usize] as usize);
+        let places: Vec<u32> = (0..self.ids.len() as u32).filter(wanted).collect();
+        if places.is_empty() {
+            return Ok(None);
+        }
+        let a = if places.len() == self.ids.len() {
+            self.a.clone()
+        } else {
+            self.a.index_select(&Tensor::new(&places[..], self.a.device())?, 0)?
+        };
+        let ids: Vec<u32> = places.iter().map(|place| self.ids[*place as usize]).collect();
+        solve::gram(&a, &weight.index_select(&Tensor::new(ids, self.a.device())?, 0)?).map(Some)
+    }
+}
 
 /// What is fitted besides the gates.
 pub(super) struct Sweep<'a> {
@@ -70,6 +100,13 @@ struct Texts {
     counts: Vec<bool>,
     labels: Vec<u32>,
     folds: Vec<usize>,
+}
+
+impl Texts {
+    /// Second moments [in, in] of each expert's own inputs `[n_e, in]`.
+    fn grams(&self, own: &[Tensor]) -> TensorResult<Vec<Tensor>> {
+        own.iter().zip(&self.rows).map(|(inputs, rows)| solve::gram(inputs, &self.weight.narrow(0, rows.start, rows.len())?)).collect()
+    }
 }
 
 impl Sweep<'_> {
@@ -151,26 +188,28 @@ impl Sweep<'_> {
         // The composite's attention.
         let attention = |part| Role::Layer(l, LayerRole::Attention(part));
         let z = self.block(l, &over)?.attention_input(c)?; // [N, D]
+        let seen = self.fits().then(|| Ok::<_, CalibrateError>((texts.grams(&inputs)?, Seen::new(&z, &texts.weight)?))).transpose()?;
         for (part, bias) in
             [(AttentionPart::Q, AttentionPart::QBias), (AttentionPart::K, AttentionPart::KBias), (AttentionPart::V, AttentionPart::VBias)]
         {
-            if self.fits() {
+            if let Some((own, seen)) = &seen {
                 let targets = blocks.iter().zip(&inputs).map(|(b, z)| b.project(part, z)).collect::<TensorResult<Vec<_>>>()?;
                 let targets = self.without_bias(Tensor::cat(&targets, 0)?, attention(bias), self.base.config.qkv_bias)?;
-                let matrix = self.fit_matrix(attention(part), texts, &inputs, (&z, &targets, &texts.weight))?;
+                let matrix = self.fit_matrix(attention(part), own, seen, &targets)?;
                 self.put(store, attention(part), Some(&matrix))?;
                 self.place(&mut over, attention(part), Some(matrix));
             } else {
                 self.place(&mut over, attention(part), self.averaged(attention(part))?);
             }
         }
+        drop(seen);
         let z = self.block(l, &over)?.attend(&z, &texts.all)?; // [N, H hd]
         if self.fits() {
             let attended = Tensor::cat(&attended, 0)?;
             let weight = relative(&texts.weight, &attended)?;
             let targets = (attended - &*c)?;
             let targets = self.without_bias(targets, attention(AttentionPart::OBias), self.base.config.o_bias)?;
-            let matrix = self.fit_matrix(attention(AttentionPart::O), texts, &mixed, (&z, &targets, &weight))?;
+            let matrix = self.fit_matrix(attention(AttentionPart::O), &texts.grams(&mixed)?, &Seen::new(&z, &weight)?, &targets)?;
             self.put(store, attention(AttentionPart::O), Some(&matrix))?;
             self.place(&mut over, attention(AttentionPart::O), Some(matrix));
         } else {
@@ -200,9 +239,10 @@ impl Sweep<'_> {
             let (ids, gains): (Vec<u32>, Vec<f32>) = picks.map(|(i, (_, weight))| ((i / routing.top_k) as u32, *weight)).unzip();
             let n = ids.len();
             if n == 0 {
-                chosen.push(None);
+                chosen.push(Picked { ids, a: Tensor::zeros((0, self.base.config.ffn), DType::F32, self.device)? });
                 continue;
             }
+            let rows = ids.clone();
             let ids = Tensor::from_vec(ids, n, self.device)?;
             // Where norms are folded, an expert sees its own.
             let seen = if self.fits() { block.mlp_input(&m.index_select(&ids, 0)?)? } else { r.index_select(&ids, 0)? };
@@ -210,7 +250,7 @@ impl Sweep<'_> {
             let a = dense(block.mlp_hidden(&seen))??.broadcast_mul(&gains)?; // [n, F]
             let y = dense(block.mlp_output(&a))??; // [n, D]
             rest = rest.index_add(&ids, &y.neg()?, 0)?;
-            chosen.push(Some((ids, a)));
+            chosen.push(Picked { ids: rows, a });
         }
         if self.plan.repaired {
             self.repair(l, texts, &weight, &chosen, &mut rest, store)?;
@@ -251,15 +291,27 @@ impl Sweep<'_> {
         l: usize,
         texts: &Texts,
         weight: &Tensor,
-        chosen: &[Option<(Tensor, Tensor)>],
+        chosen: &[Picked],
         rest: &mut Tensor,
         store: &mut Writer,
     ) -> Result<(), CalibrateError> {
         let unseen = |fold: &usize| f32::from(*fold == 0);
         let unseen = Tensor::from_vec(texts.folds.iter().map(unseen).collect::<Vec<_>>(), (texts.folds.len(), 1), self.device)?;
         let test = (weight * &unseen)?;
+        let (mut all, mut known) = (Vec::new(), Vec::new());
+        for picked in chosen {
+            let whole = picked.gram(weight, |_| true)?;
+            let has_known = picked.ids.iter().any(|row| texts.folds[*row as usize] != 0);
+            let unseen = picked.gram(weight, |row| texts.folds[row] == 0)?;
+            known.push(match (&whole, unseen) {
+                (Some(whole), Some(unseen)) if has_known => Some((whole - unseen)?),
+                (whole, None) => whole.clone(),
+                _ => None,
+            });
+            all.push(whole);
+        }
         let mut left = rest.clone();
-        self.changes(&(weight - &test)?, chosen, &mut left)?;
+        self.changes(&(weight - &test)?, chosen, &known, &mut left)?;
         // The size of the step that leaves the least of the fold's errors.
         let step = (&*rest - left)?;
         let along = |a: &Tensor| (a * &step)?.broadcast_mul(&test)?.sum_all()?.to_scalar::<f32>();
@@ -268,7 +320,7 @@ impl Sweep<'_> {
         tracing::debug!("layer {l}: experts are repaired by {size:.2} of the step");
 
         let mut left = rest.clone();
-        let changes = self.changes(weight, chosen, &mut left)?;
+        let changes = self.changes(weight, chosen, &all, &mut left)?;
         *rest = ((&*rest * (1.0 - size))? + (left * size)?)?;
         for (e, change) in changes.iter().enumerate() {
             let role = Role::Layer(l, LayerRole::Mlp(Projection::Down));
@@ -279,54 +331,44 @@ impl Sweep<'_> {
     }
 
     /// All down projections at once, one expert after the other (block Gauss-Seidel): minimises over the changes `C_e`
-    /// `sum_i w_i |rest_i - sum_e a_ie C_e^T|^2 + ridge |C_e|^2`, with `a_ie` the expert's hidden state times its routing weight. Takes what they
-    /// do off `rest`.
-    fn changes(&self, weight: &Tensor, chosen: &[Option<(Tensor, Tensor)>], rest: &mut Tensor) -> Result<Vec<Tensor>, CalibrateError> {
-        let mut grams = Vec::new();
-        for pick in chosen {
-            grams.push(match pick {
-                Some((ids, a)) => {
-                    let w = weight.index_select(ids, 0)?;
-                    Some((a.broadcast_mul(&w)?.t()?.matmul(a)?, w))
-                }
-                None => None,
-            });
-        }
+    /// `sum_i w_i |rest_i - sum_e a_ie C_e^T|^2 + ridge |C_e|^2`, with `grams` [F, F] the weighted second moments of each expert's `a_e`, if it has
+    /// any. Takes what they do off `rest`.
+    fn changes(
+        &self,
+        weight: &Tensor,
+        chosen: &[Picked],
+        grams: &[Option<Tensor>],
+        rest: &mut Tensor,
+    ) -> Result<Vec<Tensor>, CalibrateError> {
+        let experts = chosen.iter().zip(grams).map(|(picked, gram)| {
+            let Some(gram) = gram else { return Ok(None) };
+            let ids = picked.ids()?;
+            Ok(Some((weight.index_select(&ids, 0)?, ids, &picked.a, gram, Factor::new(gram, REPAIR_RIDGE)?)))
+        });
+        let experts = experts.collect::<Result<Vec<_>, CalibrateError>>()?;
         let (d, f) = (self.base.config.hidden, self.base.config.ffn);
         let mut changes = vec![Tensor::zeros((d, f), DType::F32, self.device)?; chosen.len()];
         for _ in 0..REPAIR_ROUNDS {
-            for (e, pick) in chosen.iter().enumerate() {
-                let (Some((ids, a)), Some((gram, w))) = (pick, &grams[e]) else { continue };
-                let left = rest.index_select(ids, 0)?.broadcast_mul(w)?;
-                let b = (left.t()?.matmul(a)? + changes[e].matmul(gram)?)?; // [D, F]
-                let change = solve::solve(gram, REPAIR_RIDGE, &b)?;
-                let step = a.matmul(&(&changes[e] - &change)?.t()?)?;
-                *rest = rest.index_add(ids, &step, 0)?;
-                changes[e] = change;
+            for (expert, change) in experts.iter().zip(&mut changes) {
+                let Some((weight, ids, a, gram, factor)) = expert else { continue };
+                let left = rest.index_select(ids, 0)?.broadcast_mul(weight)?;
+                let b = (left.t()?.matmul(a)? + change.matmul(gram)?)?; // [D, F]
+                let next = factor.solve(&b)?;
+                *rest = rest.index_add(ids, &a.matmul(&(&*change - &next)?.t()?)?, 0)?;
+                *change = next;
             }
         }
         Ok(changes)
     }
 
-    /// The shared matrix of a role, from each expert's own inputs `own` `[n_e, in]` and the composite's inputs [N, in], targets [N, out] and
-    /// weights [N, 1].
-    fn fit_matrix(
-        &self,
-        role: Role,
-        texts: &Texts,
-        own: &[Tensor],
-        (inputs, targets, weight): (&Tensor, &Tensor, &Tensor),
-    ) -> Result<View, CalibrateError> {
-        let start = self.weighted_mean(role, texts, own)?; // [out, in]
-        self.round(&solve::fit_near(&start, inputs, targets, weight)?)
+    /// The shared matrix of a role, from the moments of each expert's own inputs, what the composite sees and targets [N, out] for it.
+    fn fit_matrix(&self, role: Role, own: &[Tensor], seen: &Seen<'_>, targets: &Tensor) -> Result<View, CalibrateError> {
+        self.round(&seen.fit_near(&self.weighted_mean(role, own)?, targets)?)
     }
 
-    /// The experts' matrices of a role, weighted by their own inputs `own` `[n_e, in]`.
-    fn weighted_mean(&self, role: Role, texts: &Texts, own: &[Tensor]) -> Result<Tensor, CalibrateError> {
-        solve::weighted_mean(self.experts.iter().zip(own).zip(&texts.rows).map(|((source, inputs), rows)| {
-            let weight = texts.weight.narrow(0, rows.start, rows.len())?;
-            Ok(Seen { matrix: self.tensor(source, role)?, inputs, weight })
-        }))
+    /// The experts' matrices of a role, weighted by the moments of their own inputs; [out, in].
+    fn weighted_mean(&self, role: Role, own: &[Tensor]) -> Result<Tensor, CalibrateError> {
+        solve::weighted_mean(self.experts.iter().zip(own).map(|(source, gram)| Ok((self.tensor(source, role)?, gram))))
     }
 
     /// The head [V, D], fitted like q but from moments alone: N logits of V entries would not fit into memory.
@@ -342,7 +384,7 @@ impl Sweep<'_> {
             None => self.tensor(self.base, Role::FinalNorm)?,
         };
         let z = candle_nn::ops::rms_norm(&c.contiguous()?, &shared, eps)?;
-        let start = self.weighted_mean(Role::Head, texts, &outputs)?;
+        let start = self.weighted_mean(Role::Head, &texts.grams(&outputs)?)?;
         let weighted = z.broadcast_mul(&texts.weight)?;
         let gram = weighted.t()?.matmul(&z)?;
         let mut b = start.matmul(&gram)?.neg()?; // [V, D]

@@ -79,10 +79,10 @@ pub fn losses(
 
 /// Windows that run side by side; a single one that is longer than `rows` runs in pieces through its cache.
 fn together(model: &impl LanguageModel, batch: &[Window], rows: usize, probe: &mut dyn Probe) -> Result<Vec<Loss>, DecoderError> {
-    let mut caches: Vec<_> = batch.iter().map(|_| model.cache()).collect();
     let mut losses = vec![Loss { sum: 0.0, tokens: 0 }; batch.len()];
     let longest = batch.iter().map(|window| window.tokens.len()).max().unwrap_or(0);
     let piece = if batch.len() > 1 { longest } else { rows };
+    let mut caches: Vec<_> = batch.iter().map(|_| if longest <= piece { model.scratch() } else { model.cache() }).collect();
     for start in (0..longest).step_by(piece.max(1)) {
         let part = |window: &Window| start.min(window.tokens.len())..(start + piece).min(window.tokens.len());
         let mut steps: Vec<_> = batch

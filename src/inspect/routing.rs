@@ -1,7 +1,7 @@
 //! Which experts the tokens of a text choose, and what becomes of the text if others choose for them.
 
 use serde::Serialize;
-use upcycle_architectures::decoder::{Decoder, DecoderError, Ensemble, Logits, Probe, Step};
+use upcycle_architectures::decoder::{Decoder, DecoderError, Ensemble, LanguageModel as _, Logits, Probe, Step};
 use upcycle_routers::{diagnose::Load, route::Routing};
 
 /// Who chooses the experts.
@@ -108,7 +108,7 @@ fn entropy(logits: &[f32]) -> f64 {
 /// Runs the tokens through a sparse model and counts how often each layer chose each expert: [L] (a dense layer's counts stay zero).
 pub fn load(decoder: &Decoder, tokens: &[u32]) -> Result<Vec<Load>, DecoderError> {
     let mut observer = Observer::new(decoder, Router::Gates);
-    let mut cache = decoder.cache();
+    let mut cache = decoder.scratch();
     decoder.forward(&mut [Step { tokens, cache: &mut cache, logits: Logits::None }], &mut observer)?;
     Ok(observer.layers.into_iter().map(|layer| layer.chosen).collect())
 }

@@ -71,7 +71,7 @@ fn follow(
                 variance: sparse.filter(|_| w % stride == 0).map(|decoder| (decoder, &mut variance)),
                 sample: (w == 0).then_some(&mut sample),
             };
-            let mut cache = model.cache();
+            let mut cache = model.scratch();
             model.forward(&mut [Step { tokens: &window.tokens, cache: &mut cache, logits: Logits::None }], &mut tourist)?;
             if w == 0 {
                 sample.tokens = window.tokens.iter().take(SAMPLE).copied().collect();

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Result, Tensor};
 use upcycle_architectures::{
     AttentionPart, LayerRole, Projection, Role,
-    decoder::{Decoder, DecoderError, Logits, Probe, Site, Step},
+    decoder::{Decoder, DecoderError, LanguageModel as _, Logits, Probe, Site, Step},
 };
 use upcycle_routers::route::Routing;
 
@@ -18,7 +18,7 @@ use crate::{inspect::perplexity::Window, source};
 pub fn gather(decoder: &Decoder, windows: &[Window], done: &mut dyn FnMut()) -> std::result::Result<Importance, DecoderError> {
     let mut squares = Squares { decoder, sums: BTreeMap::new(), input: None, routing: None };
     for window in windows {
-        let mut cache = decoder.cache();
+        let mut cache = decoder.scratch();
         decoder.forward(&mut [Step { tokens: &window.tokens, cache: &mut cache, logits: Logits::None }], &mut squares)?;
         done();
     }

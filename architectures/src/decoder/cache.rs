@@ -25,6 +25,8 @@ const FIRST: usize = 64;
 #[derive(Debug, Clone)]
 pub(super) struct Caches {
     layers: usize,
+    /// whether only the layer's keys and values are held that a pass is at, and none when it is over
+    scratch: bool,
     kv_heads: usize,
     head_dim: usize,
     /// of blocks; `None`: tensors
@@ -35,7 +37,7 @@ pub(super) struct Caches {
 
 impl Caches {
     pub fn new(config: &Config, layers: usize, kv_type: Option<KvType>) -> Self {
-        Self { layers, kv_heads: config.kv_heads, head_dim: config.head_dim, kv_type, held: Arc::default() }
+        Self { layers, scratch: false, kv_heads: config.kv_heads, head_dim: config.head_dim, kv_type, held: Arc::default() }
     }
 
     /// The same with blocks of another type, where there are blocks.
@@ -44,6 +46,20 @@ impl Caches {
             return Err(DecoderError::KvType { head_dim: self.head_dim });
         }
         Ok(Self { kv_type: self.kv_type.map(|_| kv_type), held: Arc::default(), ..*self })
+    }
+
+    /// The same for caches that remember nothing when a pass is over: each layer's keys and values take the place of those of the one before.
+    pub fn scratch(&self) -> Self {
+        Self { scratch: true, ..self.clone() }
+    }
+
+    /// Layers that have a place.
+    fn places(&self) -> usize {
+        if self.scratch { 1 } else { self.layers }
+    }
+
+    fn place(&self, layer: usize) -> usize {
+        if self.scratch { 0 } else { layer }
     }
 
     pub fn held(&self) -> usize {
@@ -55,9 +71,9 @@ impl Caches {
         BLOCK * kv_type.row_bytes(self.head_dim)
     }
 
-    /// Bytes of a block, [L, 2, KV, `BLOCK`, row]: of each layer the keys and the values.
+    /// Bytes of a block, [L, 2, KV, `BLOCK`, row]: of each layer that has a place the keys and the values.
     fn block(&self, kv_type: KvType) -> usize {
-        self.layers * 2 * self.kv_heads * self.part(kv_type)
+        self.places() * 2 * self.kv_heads * self.part(kv_type)
     }
 }
 
@@ -120,7 +136,7 @@ impl Cache {
     pub(super) fn steered(caches: &Caches, steering: Option<Arc<Steering>>) -> Self {
         let held = match caches.kv_type {
             Some(kv_type) => Held::Blocks(kv_type, Vec::new()),
-            None => Held::Tensors((0..caches.layers).map(|_| LayerCache(None)).collect()),
+            None => Held::Tensors((0..caches.places()).map(|_| LayerCache(None)).collect()),
         };
         Self { len: 0, caches: caches.clone(), held, steering }
     }
@@ -184,17 +200,19 @@ impl Cache {
 
     /// Counts tokens whose keys and values every layer has been given.
     pub(super) fn advance(&mut self, tokens: usize) {
-        self.len += tokens;
+        if !self.caches.scratch {
+            self.len += tokens;
+        }
     }
 
     /// Writes a layer's keys and values [KV, T, hd] behind the tokens held. Returns both from position 0 on, [KV, len + T, hd].
     ///
     /// What gradients flow through is put behind the tokens before it, and not written.
     pub(super) fn write(&mut self, layer: usize, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        let (at, tracked) = (self.len, k.track_op() || v.track_op());
+        let (at, tracked, place) = (self.len, k.track_op() || v.track_op(), self.caches.place(layer));
         let held = match &mut self.held {
-            Held::Tensors(layers) if tracked => layers[layer].held(at)?,
-            Held::Tensors(layers) => return layers[layer].write(at, k, v, &self.caches),
+            Held::Tensors(layers) if tracked => layers[place].held(at)?,
+            Held::Tensors(layers) => return layers[place].write(at, k, v, &self.caches),
             Held::Blocks(..) if tracked => (at > 0).then(|| self.read(layer, at)).transpose()?,
             Held::Blocks(..) => {
                 let rows = |x: &Tensor| x.transpose(0, 1)?.flatten_all()?.to_vec1::<f32>();
@@ -212,7 +230,7 @@ impl Cache {
     pub(super) fn write_rows(&mut self, layer: usize, k: &[f32], v: &[f32]) {
         let Held::Blocks(kv_type, blocks) = &mut self.held else { return };
         let Caches { kv_heads, head_dim, .. } = self.caches;
-        let (part, row) = (self.caches.part(*kv_type), kv_type.row_bytes(head_dim));
+        let (part, row, place) = (self.caches.part(*kv_type), kv_type.row_bytes(head_dim), self.caches.place(layer));
         for (part_of_layer, rows) in [k, v].into_iter().enumerate() {
             for (position, heads) in (self.len..).zip(rows.chunks_exact(kv_heads * head_dim)) {
                 if position / BLOCK == blocks.len() {
@@ -221,7 +239,7 @@ impl Cache {
                 }
                 let data = &mut Arc::make_mut(&mut blocks[position / BLOCK]).data;
                 for (head, x) in heads.chunks_exact(head_dim).enumerate() {
-                    let start = ((layer * 2 + part_of_layer) * kv_heads + head) * part + position % BLOCK * row;
+                    let start = ((place * 2 + part_of_layer) * kv_heads + head) * part + position % BLOCK * row;
                     kv_type.store(x, &mut data[start..start + row]);
                 }
             }
@@ -231,8 +249,8 @@ impl Cache {
     /// A layer's part of each block, [2, KV, `BLOCK`, row], and the type of what they hold; `None` where there are no blocks.
     pub(super) fn blocks(&self, layer: usize) -> Option<(KvType, Vec<&[u8]>)> {
         let Held::Blocks(kv_type, blocks) = &self.held else { return None };
-        let bytes = 2 * self.caches.kv_heads * self.caches.part(*kv_type);
-        Some((*kv_type, blocks.iter().map(|block| &block.data[layer * bytes..(layer + 1) * bytes]).collect()))
+        let (bytes, place) = (2 * self.caches.kv_heads * self.caches.part(*kv_type), self.caches.place(layer));
+        Some((*kv_type, blocks.iter().map(|block| &block.data[place * bytes..(place + 1) * bytes]).collect()))
     }
 
     /// A layer's keys and values of the first `len` positions, [KV, len, hd], out of blocks.
@@ -336,7 +354,7 @@ mod tests {
     const LAYERS: usize = 2;
 
     fn caches(kv_type: Option<KvType>) -> Caches {
-        Caches { layers: LAYERS, kv_heads: HEADS, head_dim: DIM, kv_type, held: Arc::default() }
+        Caches { layers: LAYERS, scratch: false, kv_heads: HEADS, head_dim: DIM, kv_type, held: Arc::default() }
     }
 
     /// The row that token `token` writes, [KV, hd]; every type holds it exactly.
@@ -390,6 +408,25 @@ mod tests {
             1 => (0..9usize, 0..300usize).prop_map(|(i, len)| Act::Truncate(i, len)),
             1 => (0..9usize).prop_map(Act::Drop),
         ]
+    }
+
+    #[test]
+    fn a_scratch_cache_holds_one_layer_at_a_time() {
+        for kv_type in [Some(KvType::F32), Some(KvType::Q8_0), None] {
+            let caches = caches(kv_type);
+            let mut cache = Cache::new(&caches.scratch());
+            for tokens in [&[1, 2, 3][..], &[4; 70]] {
+                append(&mut cache, tokens);
+                assert!(cache.is_empty());
+                let mut whole = Cache::new(&caches);
+                append(&mut whole, tokens);
+                assert!(cache.fits(&caches) && cache.layers() == LAYERS);
+                drop(whole);
+            }
+            let room = BLOCK.max(FIRST).max(70usize.next_multiple_of(FIRST));
+            let row = kv_type.map_or(4 * DIM, |kv_type| kv_type.row_bytes(DIM));
+            assert!(caches.held() > 0 && caches.held() <= 2 * HEADS * room.next_multiple_of(BLOCK) * row, "{kv_type:?}: {}", caches.held());
+        }
     }
 
     proptest! {

@@ -117,6 +117,12 @@ pub trait LanguageModel {
         self.steered(None)
     }
 
+    /// A cache for a sequence that one pass reads to its end: it may forget a layer's keys and values when the pass has left the layer, and be as
+    /// empty after the pass as before it.
+    fn scratch(&self) -> Self::Cache {
+        self.cache()
+    }
+
     /// An empty cache for a sequence whose experts are chosen under this steering.
     fn steered(&self, steering: Option<Arc<Steering>>) -> Self::Cache;
 
@@ -212,6 +218,10 @@ impl LanguageModel for Decoder {
 
     fn steered(&self, steering: Option<Arc<Steering>>) -> Cache {
         Cache::steered(&self.caches, steering)
+    }
+
+    fn scratch(&self) -> Cache {
+        Cache::new(&self.caches.scratch())
     }
 
     fn choice(&self) -> Option<Choice> {
@@ -586,6 +596,32 @@ mod tests {
             let (center, seed) = (if name.contains("norm") { 1.0 } else { 0.0 }, name.bytes().map(usize::from).sum::<usize>());
             let values: Vec<f32> = (0..info.elements()).map(|i| center + ((seed + 1) as f32 * (i + 1) as f32 * 0.7).sin() * 0.4).collect();
             View::from_f32(&values, info.dtype, info.shape)
+        }
+    }
+
+    /// A text in one pass needs no memory of it.
+    #[test]
+    fn scratch_caches_change_nothing() {
+        let (family, config) = crate::detect(&json!({
+            "model_type": "qwen2", "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "vocab_size": 50,
+        }))
+        .unwrap();
+        let made = Made(family.tensors(&config).into_iter().map(|(role, shape)| (family.name(role).unwrap(), shape)).collect());
+        let placement = Placement { device: Device::Cpu, weights: DType::F32, activations: DType::F32, mapped: None };
+        for decoder in
+            [Decoder::load(family, &config, &made, DType::F32, &Device::Cpu), Decoder::load_at(family, &config, &made, &placement)]
+        {
+            let decoder = decoder.unwrap();
+            let mut scratch = decoder.scratch();
+            for tokens in [&[3, 1, 4, 1, 5, 9, 2, 6][..], &[2; 40], &[7]] {
+                let logits = |cache: &mut Cache| {
+                    let logits = decoder.forward(&mut [Step { tokens, cache, logits: Logits::All }], &mut NoProbe).unwrap();
+                    logits.to_vec2::<f32>().unwrap()
+                };
+                assert_eq!(logits(&mut scratch), logits(&mut decoder.cache()));
+                assert!(scratch.is_empty());
+            }
         }
     }
 

@@ -6,6 +6,7 @@
 use std::{
     arch::{asm, x86_64 as arch},
     array,
+    cell::Cell,
     marker::PhantomData,
     mem::MaybeUninit,
     ops::Range,
@@ -63,7 +64,6 @@ fn is_permitted() -> bool {
 // SAFETY of everything below: callers promise `has_amx` and that what pointers point to is there; all accesses are unaligned.
 
 /// Rows and bytes of a row of the eight tiles: as the CPU reads it.
-#[derive(PartialEq, Eq)]
 #[repr(C, align(64))]
 struct Shape {
     palette: u8,
@@ -90,6 +90,8 @@ impl Shape {
 /// This thread's tiles, as long as it lives: no other may be made meanwhile.
 struct Tiles {
     shape: Shape,
+    /// the rows and widths that it is of
+    sizes: u32,
     /// They are a thread's own.
     here: PhantomData<*mut ()>,
 }
@@ -97,13 +99,19 @@ struct Tiles {
 impl Tiles {
     /// Of no shape yet.
     fn new() -> Self {
-        Self { shape: Shape::of([(0, 0); 8]), here: PhantomData }
+        Self { shape: Shape::of([(0, 0); 8]), sizes: 0, here: PhantomData }
     }
 
-    /// Gives the tiles another shape, if it is another; what they hold is zero then.
-    unsafe fn shape(&mut self, shape: Shape) {
-        if shape != self.shape {
-            self.shape = shape;
+    /// Gives the tiles the shapes for products of two times so many rows of weights with two times so many of x: four of sums, two of weights, two
+    /// of x. If they have others, what they hold is zero then.
+    #[inline(always)]
+    unsafe fn shape(&mut self, [r0, r1]: [usize; 2], [w0, w1]: [usize; 2]) {
+        // Shapes themselves are stored by bytes, which are slow to compare right after.
+        let sizes = (r0 | r1 << 8 | w0 << 16 | w1 << 24) as u32;
+        if sizes != self.sizes {
+            self.sizes = sizes;
+            let (w0, w1) = (4 * w0, 4 * w1);
+            self.shape = Shape::of([(r0, w0), (r0, w1), (r1, w0), (r1, w1), (r0, ROW), (r1, ROW), (SIDE, w0), (SIDE, w1)]);
             unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const self.shape, options(nostack, readonly, preserves_flags)) };
         }
     }
@@ -121,6 +129,16 @@ unsafe fn load<const TO: usize>(from: *const u8, stride: usize) {
     unsafe {
         asm!("tileloadd tmm{to}, [{from} + {stride}*1]", to = const TO, from = in(reg) from, stride = in(reg) stride,
             options(nostack, readonly, preserves_flags));
+    }
+}
+
+/// Zeros for the first step, and for others the sums of those before it.
+#[inline(always)]
+unsafe fn begin<const SUM: usize>(step: usize, from: *const u8) {
+    if step == 0 {
+        unsafe { asm!("tilezero tmm{sum}", sum = const SUM, options(nomem, nostack, preserves_flags)) };
+    } else {
+        unsafe { load::<SUM>(from, ROW) };
     }
 }
 
@@ -331,25 +349,29 @@ pub(super) unsafe fn multiply(b: &Block<'_>) {
         let (inner, steps) = (b.weights.inner(), x.wide / STEP);
         let tile = |i: usize| if i * SIDE < b.n { x.tile(b.row + i * SIDE) } else { Tile::NONE };
         let mut registers = Tiles::new();
-        let mut sums = vec![[Sums([0.0; SIDE * SIDE]); 2]; b.n.div_ceil(SIDE)];
         let mut copies = MaybeUninit::<[Copies; 2]>::uninit();
         let copies = [0, 1].map(|p| copies.as_mut_ptr().cast::<Copies>().wrapping_add(p));
-        let once = b.n <= SIDE;
+        let (once, across) = (b.n <= SIDE, b.n.div_ceil(SIDE));
         let span = if once { steps } else { STEPS };
         // What is fetched ahead of one group is the next one.
-        for groups in Group::all(b.out, b.n).chunks(if once { 1 } else { 2 }) {
-            let lanes = [0, 1].map(|i| groups.get(i).map_or(Lanes::NONE, |group| Lanes::of(group, b)));
-            for start in (0..steps).step_by(span) {
-                let run = start..(start + span).min(steps);
-                // Read again and again they had better lie together; and the last may need zeros behind it.
-                let direct = if once { run.start..run.end.min(inner / STEP) } else { run.start..run.start };
+        let groups = Group::all(b.out, b.n);
+        let pairs = groups.chunks(if once { 1 } else { 2 });
+        let mut kept = SUMS.take();
+        let waiting = if span < steps { pairs.len() } else { 1 };
+        kept.resize(kept.len().max(waiting * across), [Sums([0.0; SIDE * SIDE]); 2]);
+        for start in (0..steps).step_by(span) {
+            let run = start..(start + span).min(steps);
+            // Read again and again they had better lie together; and the last may need zeros behind it.
+            let direct = if once { run.start..run.end.min(inner / STEP) } else { run.start..run.start };
+            for (pair, groups) in pairs.clone().enumerate() {
+                let lanes = [0, 1].map(|i| groups.get(i).map_or(Lanes::NONE, |group| Lanes::of(group, b)));
                 for (lanes, copies) in lanes.iter().zip(copies) {
                     lanes.copy(direct.end..run.end, inner, copies);
                 }
+                let sums = &mut kept[pair % waiting * across..][..across];
                 for (two, sums) in sums.chunks_mut(2).enumerate() {
                     let tiles = [tile(2 * two), tile(2 * two + 1)];
-                    let [(r0, r1), (w0, w1)] = [(lanes[0].there, lanes[1].there), (4 * tiles[0].width, 4 * tiles[1].width)];
-                    registers.shape(Shape::of([(r0, w0), (r0, w1), (r1, w0), (r1, w1), (r0, ROW), (r1, ROW), (SIDE, w0), (SIDE, w1)]));
+                    registers.shape(lanes.map(|lanes| lanes.there), tiles.map(|tile| tile.width));
                     let part = Part { lanes, copies: copies.map(<*mut _>::cast_const), tiles };
                     let runs = [direct.clone(), direct.end..run.end];
                     match (groups.len(), sums.len()) {
@@ -359,15 +381,28 @@ pub(super) unsafe fn multiply(b: &Block<'_>) {
                         _ => part.add::<1, 1>(runs, sums),
                     }
                 }
-            }
-            for (i, sums) in sums.iter_mut().enumerate() {
-                for (group, Sums(sums)) in groups.iter().zip(sums) {
-                    write(b, group, i * SIDE, sums);
-                    sums.fill(0.0);
+                if waiting == 1 {
+                    for (i, sums) in sums.iter().enumerate() {
+                        groups.iter().zip(sums).for_each(|(group, Sums(sums))| write(b, group, i * SIDE, sums));
+                    }
                 }
             }
         }
+        if waiting > 1 {
+            // A few rows of y after the other: each may lie in a page of its own.
+            for i in 0..across {
+                for (pair, groups) in pairs.clone().enumerate() {
+                    groups.iter().zip(&kept[pair * across + i]).for_each(|(group, Sums(sums))| write(b, group, i * SIDE, sums));
+                }
+            }
+        }
+        SUMS.set(kept);
     }
+}
+
+thread_local! {
+    /// Room for sums of products.
+    static SUMS: Cell<Vec<[Sums; 2]>> = const { Cell::new(Vec::new()) };
 }
 
 /// Two tiles' rows of weights and two tiles' rows of x.
@@ -384,14 +419,14 @@ impl Part {
         unsafe {
             let start = sums.as_mut_ptr().cast::<u8>();
             let place = |t: usize, p: usize| start.wrapping_add((2 * t + p) * ROW * SIDE);
-            load::<0>(place(0, 0), ROW);
+            begin::<0>(direct.start, place(0, 0));
             if T == 2 {
-                load::<1>(place(1, 0), ROW);
+                begin::<1>(direct.start, place(1, 0));
             }
             if P == 2 {
-                load::<2>(place(0, 1), ROW);
+                begin::<2>(direct.start, place(0, 1));
                 if T == 2 {
-                    load::<3>(place(1, 1), ROW);
+                    begin::<3>(direct.start, place(1, 1));
                 }
             }
             for step in direct {
@@ -456,7 +491,7 @@ pub(super) unsafe fn in_registers() -> usize {
     const TURNS: usize = 5000;
     let mut registers = Tiles::new();
     unsafe {
-        registers.shape(Shape::of([(SIDE, ROW); 8]));
+        registers.shape([SIDE; 2], [SIDE; 2]);
         for _ in 0..TURNS {
             pairs::<0, 4, 6>();
             pairs::<1, 4, 7>();

@@ -34,6 +34,11 @@ const FEW: usize = 16;
 const ROWS: usize = 192;
 /// Bytes by which a stream of weights is fetched ahead of its use.
 const AHEAD: usize = 2048;
+/// The same where whole tiles are multiplied: a task then reads so little for what it computes that the second-level cache holds its sums and the part of x
+/// that it is at.
+const TILED_ROWS: usize = 320;
+/// Rows of weights in such a task, at most, and at least.
+const TILED_BLOCK: [usize; 2] = [64, 256];
 /// Rows of weights in a tile.
 const TILE: usize = 4;
 
@@ -151,6 +156,8 @@ struct Part<'a> {
     n: usize,
     /// rows of weights in a task
     block: usize,
+    /// rows of x in a task
+    height: usize,
     /// tasks along the rows of x
     across: usize,
     /// the first of its tasks
@@ -250,24 +257,31 @@ pub(crate) fn run(kernels: Kernels, jobs: Vec<Job<'_>>) {
             if let Operation::Gated([(gate, _), (up, _)], _) = job.operation {
                 assert_eq!((gate.rows, gate.inner), (up.rows, up.inner), "gate and up of different shapes");
             }
+            let tiled = weights.element == Element::Bf16 && kernels == Kernels::Amx;
             let (multiple, once) = match weights.element {
                 Element::Blocks(_) => (2 * blocks::LANES, true),
-                Element::Bf16 if kernels == Kernels::Amx => (2 * blocks::LANES, n <= FEW),
-                _ => (TILE, n <= FEW),
+                _ => (if tiled { 2 * blocks::LANES } else { TILE }, n <= FEW),
             };
-            let block = (if once { long } else { TASK } / weights.row_bytes()).max(1).next_multiple_of(multiple);
-            let across = n.div_ceil(ROWS);
+            let (block, height) = if tiled && !once {
+                let height = n.div_ceil(n.div_ceil(TILED_ROWS)).next_multiple_of(2 * blocks::LANES);
+                let share = weights.rows * n.div_ceil(height) / (SHARE * rayon::current_num_threads());
+                (share.clamp(TILED_BLOCK[0], TILED_BLOCK[1]), height)
+            } else {
+                (if once { long } else { TASK } / weights.row_bytes(), ROWS)
+            };
+            let block = block.max(1).next_multiple_of(multiple);
+            let across = n.div_ceil(height);
             let first = tasks;
             tasks += weights.rows.div_ceil(block) * across;
             let x = prepared.get(&job).unwrap_or(job.x.as_ptr().cast());
-            Part { operation: job.operation, x, rows: job.rows, y: job.y.as_mut_ptr(), n, block, across, first }
+            Part { operation: job.operation, x, rows: job.rows, y: job.y.as_mut_ptr(), n, block, height, across, first }
         })
         .collect();
     parallel(tasks, |task| {
         let part = &parts[parts.partition_point(|part| part.first <= task) - 1];
         let task = task - part.first;
         // The tasks of one block of weights follow each other.
-        part.task(kernels, task / part.across * part.block, task % part.across * ROWS);
+        part.task(kernels, task / part.across * part.block, task % part.across * part.height);
     });
 }
 
@@ -275,7 +289,7 @@ impl Part<'_> {
     /// Rows of weights from `start` on, rows of x from `row` on.
     fn task(&self, kernels: Kernels, start: usize, row: usize) {
         let weights = self.operation.weights();
-        let (n, out) = ((self.n - row).min(ROWS), (weights.rows - start).min(self.block));
+        let (n, out) = ((self.n - row).min(self.height), (weights.rows - start).min(self.block));
         let block = |weights: Weights<'_>, y: *mut f32, stride: usize| {
             // SAFETY: the shapes have been checked by `run`; `y` has room for n rows of `out`, `stride` apart, and nobody else writes there.
             let block = Block { weights, start, out, x: self.x, rows: self.rows, row, n, y, stride, fetch: Fetch::here() };

@@ -8,6 +8,7 @@ use faer::{MatMut, MatRef};
 use rayon::prelude::*;
 use serde::Serialize;
 
+use super::line;
 use crate::{
     gate::Gate,
     linalg::{Singular, product},
@@ -165,14 +166,13 @@ fn judge(candidate: &Candidate, logits: &[Logits], experts: usize, held_out: boo
     let scale = scale(logits, experts);
     // In order of the rows, so that the sums do not depend on threads.
     let rows = logits.par_iter().map(|rows| {
-        let (mut nll, mut ranks) = (0.0, vec![0.0; experts]);
+        let mut ranks = vec![0.0; experts];
         for z in rows.values.chunks_exact(experts) {
             let right = z[rows.domain];
-            nll += rows.weight * Tilted::new(z.iter().map(|&v| (scale * f64::from(v - right), 0.0))).log_total;
             let ahead = z.iter().enumerate().filter(|&(e, &v)| if e < rows.domain { v >= right } else { v > right }).count();
             ranks[ahead] += rows.weight;
         }
-        (nll, ranks)
+        (rows.weight * line::loss(None, &rows.values, experts, rows.domain, scale).value, ranks)
     });
     let (mut nll, mut accuracy) = (0.0, vec![0.0; experts]);
     for (of_rows, ranks) in rows.collect::<Vec<_>>() {
@@ -202,42 +202,12 @@ fn scale(logits: &[Logits], experts: usize) -> f64 {
     // -log p is convex in the factor.
     let slope = |factor: f64| {
         let slopes = logits.par_iter().map(|rows| {
-            let (mut slope, mut curvature) = (0.0, 0.0);
-            for z in rows.values.chunks_exact(experts) {
-                let logits = z.iter().map(|&v| f64::from(v - z[rows.domain]) / size);
-                let tilted = Tilted::new(logits.map(|v| (factor * v, v)));
-                slope += tilted.mean;
-                curvature += tilted.variance;
-            }
-            (rows.weight * slope, rows.weight * curvature)
+            let loss = line::loss(None, &rows.values, experts, rows.domain, factor / size);
+            (rows.weight * loss.slope / size, rows.weight * loss.curvature / (size * size))
         });
         slopes.collect::<Vec<_>>().into_iter().fold((0.0, 0.0), |(a, b), (c, d)| (a + c, b + d))
     };
     root(slope, SCALES, 1e-7) / size
-}
-
-/// The softmax of logits, as far as their likelihood along a direction depends on it.
-pub(super) struct Tilted {
-    /// log of the sum of exp(logit)
-    pub log_total: f64,
-    /// of the direction's elements, under the softmax
-    pub mean: f64,
-    /// the same
-    pub variance: f64,
-}
-
-impl Tilted {
-    /// Of pairs of a logit and the direction's element.
-    pub fn new(pairs: impl Iterator<Item = (f64, f64)> + Clone) -> Self {
-        let max = pairs.clone().fold(f64::MIN, |max, (logit, _)| max.max(logit));
-        let (mut total, mut first, mut second) = (0.0, 0.0, 0.0);
-        for (logit, along) in pairs {
-            let p = (logit - max).exp();
-            (total, first, second) = (total + p, first + p * along, second + p * along * along);
-        }
-        let mean = first / total;
-        Self { log_total: max + total.ln(), mean, variance: second / total - mean * mean }
-    }
 }
 
 /// Where an increasing function, given with its derivative, is zero up to `tolerance`, or the nearer end of the range, which is positive.

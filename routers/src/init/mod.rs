@@ -11,6 +11,7 @@ mod fit;
 mod hidden;
 mod hidden_avg;
 mod lda;
+mod line;
 mod random;
 mod ridge;
 pub mod sequence;

@@ -9,7 +9,8 @@ use rayon::prelude::*;
 use super::{
     Candidate, How, Method,
     centroid::dot,
-    fit::{CHUNK, Tilted, logits, root},
+    fit::{CHUNK, logits, root},
+    line,
     ridge::transpose,
 };
 use crate::{
@@ -138,12 +139,7 @@ fn slope(training: &Training<'_>, at: &[Vec<f32>], gate: &[f64], penalty: f64) -
     for (rows, at) in training.rows.iter().zip(at) {
         let chunks = rows.x.par_chunks(CHUNK * hidden).zip(at.par_chunks(CHUNK * experts)).map(|(x, at)| {
             let n = x.len() / hidden;
-            let mut excess = Vec::with_capacity(at.len());
-            for z in at.chunks_exact(experts) {
-                let max = z.iter().copied().fold(f32::MIN, f32::max);
-                let total: f32 = z.iter().map(|v| (v - max).exp()).sum();
-                excess.extend(z.iter().enumerate().map(|(e, v)| (v - max).exp() / total - f32::from(u8::from(e == rows.domain))));
-            }
+            let excess = line::excess(at, experts, rows.domain);
             let mut sum = vec![0.0; experts * hidden];
             let excess = MatRef::from_row_major_slice(&excess, n, experts);
             let x = MatRef::from_row_major_slice(x, n, hidden);
@@ -162,13 +158,8 @@ fn slope_along(rows: &[Rows<'_>], at: &[Vec<f32>], along: &[Vec<f32>], experts: 
     let mut sums = (0.0, 0.0);
     for ((rows, at), along) in rows.iter().zip(at).zip(along) {
         let chunks = at.par_chunks(CHUNK * experts).zip(along.par_chunks(CHUNK * experts)).map(|(at, along)| {
-            let mut sums = (0.0, 0.0);
-            for (z, d) in at.chunks_exact(experts).zip(along.chunks_exact(experts)) {
-                let pairs = z.iter().zip(d).map(|(&z, &d)| (f64::from(z) + step * f64::from(d), f64::from(d)));
-                let tilted = Tilted::new(pairs);
-                sums = (sums.0 + tilted.mean - f64::from(d[rows.domain]), sums.1 + tilted.variance);
-            }
-            sums
+            let loss = line::loss(Some(at), along, experts, rows.domain, step);
+            (loss.slope, loss.curvature)
         });
         for (slope, curvature) in chunks.collect::<Vec<_>>() {
             sums = (sums.0 + rows.weight * slope, sums.1 + rows.weight * curvature);

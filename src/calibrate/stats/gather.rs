@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use candle_core::{DType, Device, Result as TensorResult, Tensor};
 use half::f16;
-use upcycle_architectures::decoder::{Decoder, Logits, Probe, Site, Step};
+use upcycle_architectures::decoder::{Decoder, LanguageModel as _, Logits, Probe, Site, Step};
 use upcycle_routers::{route, statistics::hash};
 
 use super::{Domain, ExpertId, Part, StatsError};
@@ -77,7 +77,7 @@ fn states(decoder: &Decoder, forced: Option<usize>, batch: &[&Sequence], kept: &
         last,
         seen: Vec::new(),
     };
-    let mut caches: Vec<_> = batch.iter().map(|_| decoder.cache()).collect();
+    let mut caches: Vec<_> = batch.iter().map(|_| decoder.scratch()).collect();
     let mut steps: Vec<Step<'_>> =
         batch.iter().zip(&mut caches).map(|(sequence, cache)| Step { tokens: &sequence.tokens, cache, logits: Logits::None }).collect();
     decoder.forward(&mut steps, &mut guide)?;
