@@ -9,7 +9,9 @@ use std::{
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
+        mpsc,
     },
+    thread,
 };
 
 use fs_err::File;
@@ -72,7 +74,7 @@ struct Pending {
 }
 
 /// Does the jobs, on all threads of the current pool, and records those whose bytes are on disk: every `options.checkpoint` bytes of a
-/// shard, at its end, and when something fails.
+/// shard, at its end, and when something fails. One more thread waits for the disk, so that it works while others do.
 pub(super) fn fill(
     composite: &Composite,
     shards: &[Shard],
@@ -87,16 +89,16 @@ pub(super) fn fill(
         lock(&pending[job.id.0]).left += 1;
     }
     let partial = |shard: usize| out.join(shards[shard].partial());
-    let sync = |shard: usize, jobs: &[(JobId, u32)]| {
+    let sync = |shard: usize, jobs: &[(JobId, u32)]| -> Result<(), WriteError> {
         if options.sync {
             fs_err::OpenOptions::new().write(true).open(partial(shard))?.sync_data()?;
         }
-        state.record(jobs.iter().map(|(id, crc)| (id, crc)))
+        Ok(state.record(jobs.iter().map(|(id, crc)| (id, crc)))?)
     };
     let sharing = shares_extents(out);
     let next = AtomicUsize::new(0);
-    let (failed, finished) = (Mutex::new(None), Mutex::new(Vec::new()));
-    let work = |buffer: &mut [u8], job: &Job| {
+    let (failed, finished) = (Mutex::new(None::<WriteError>), Mutex::new(Vec::new()));
+    let work = |buffer: &mut [u8], job: &Job, due: &mpsc::Sender<usize>| -> Result<(), WriteError> {
         let shard = job.id.0;
         let file = fs_err::OpenOptions::new().write(true).open(partial(shard))?;
         let crc = perform(composite, job, &file, sharing, buffer, options, progress)?;
@@ -105,30 +107,43 @@ pub(super) fn fill(
         open.jobs.push((job.id, crc));
         open.bytes += job.bytes;
         open.left -= 1;
-        let last = open.left == 0;
-        if last || open.bytes >= options.checkpoint {
-            let jobs = std::mem::take(&mut open.jobs);
+        if open.left == 0 || open.bytes >= options.checkpoint {
             open.bytes = 0;
-            drop(open);
-            sync(shard, &jobs)?;
-        }
-        if last {
-            progress.shard(&shards[shard].file, shards[shard].bytes());
+            // Whoever takes it lives as long as the loop.
+            let _ = due.send(shard);
         }
         Ok(())
     };
-    rayon::broadcast(|_| {
-        let mut buffer = vec![0; BUFFER];
-        while lock(&failed).is_none() {
-            let at = next.fetch_add(1, Ordering::Relaxed);
-            let Some(job) = jobs.get(at) else { break };
-            if let Some(later) = jobs.get(at + AHEAD) {
-                announce(composite, later);
+    thread::scope(|scope| {
+        let (due, dues) = mpsc::channel::<usize>();
+        scope.spawn(|| {
+            for shard in dues {
+                let (jobs, last) = {
+                    let mut open = lock(&pending[shard]);
+                    (std::mem::take(&mut open.jobs), open.left == 0)
+                };
+                match sync(shard, &jobs) {
+                    Ok(()) if last && !jobs.is_empty() => progress.shard(&shards[shard].file, shards[shard].bytes()),
+                    Ok(()) => {}
+                    Err(error) => _ = lock(&failed).get_or_insert(error),
+                }
             }
-            if let Err(error) = work(&mut buffer, job) {
-                lock(&failed).get_or_insert(error);
+        });
+        rayon::broadcast(|_| {
+            let mut buffer = vec![0; BUFFER];
+            while lock(&failed).is_none() {
+                let at = next.fetch_add(1, Ordering::Relaxed);
+                let Some(job) = jobs.get(at) else { break };
+                if let Some(later) = jobs.get(at + AHEAD) {
+                    announce(composite, later);
+                }
+                if let Err(error) = work(&mut buffer, job, &due) {
+                    lock(&failed).get_or_insert(error);
+                }
             }
-        }
+        });
+        // Nothing more comes.
+        drop(due);
     });
     if let Some(error) = failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
         for (shard, pending) in pending.iter().enumerate() {

@@ -71,7 +71,7 @@ impl Default for Options {
             card: true,
             allow_non_finite: false,
             sync: true,
-            checkpoint: 1 << 30,
+            checkpoint: 128 << 20,
         }
     }
 }
