@@ -28,6 +28,8 @@ mod team;
 mod x86;
 #[cfg(target_arch = "x86_64")]
 mod x86_blocks;
+#[cfg(target_arch = "x86_64")]
+mod x86_lanes;
 
 use self::simd::{Kernel, Plain};
 pub(crate) use self::team::{parallel, parallel_pieces};
