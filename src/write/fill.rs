@@ -122,8 +122,11 @@ pub(super) fn fill(
                     let mut open = lock(&pending[shard]);
                     (std::mem::take(&mut open.jobs), open.left == 0)
                 };
+                if jobs.is_empty() {
+                    continue;
+                }
                 match sync(shard, &jobs) {
-                    Ok(()) if last && !jobs.is_empty() => progress.shard(&shards[shard].file, shards[shard].bytes()),
+                    Ok(()) if last => progress.shard(&shards[shard].file, shards[shard].bytes()),
                     Ok(()) => {}
                     Err(error) => _ = lock(&failed).get_or_insert(error),
                 }

@@ -34,8 +34,8 @@ const FEW: usize = 16;
 const ROWS: usize = 192;
 /// Bytes by which a stream of weights is fetched ahead of its use.
 const AHEAD: usize = 2048;
-/// The same where whole tiles are multiplied: a task then reads so little for what it computes that the second-level cache holds its sums and the part of x
-/// that it is at.
+/// The same where whole tiles are multiplied: they take so little time that what a task reads must be used often. Its sums, and the part of x that
+/// it is at, fit the second-level cache.
 const TILED_ROWS: usize = 320;
 /// Rows of weights in such a task, at most, and at least.
 const TILED_BLOCK: [usize; 2] = [64, 256];
