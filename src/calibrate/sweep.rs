@@ -242,8 +242,8 @@ impl Sweep<'_> {
                 chosen.push(Picked { ids, a: Tensor::zeros((0, self.base.config.ffn), DType::F32, self.device)? });
                 continue;
             }
-            let rows = ids.clone();
-            let ids = Tensor::from_vec(ids, n, self.device)?;
+            let rows = ids;
+            let ids = Tensor::new(&rows[..], self.device)?;
             // Where norms are folded, an expert sees its own.
             let seen = if self.fits() { block.mlp_input(&m.index_select(&ids, 0)?)? } else { r.index_select(&ids, 0)? };
             let gains = Tensor::from_vec(gains, (n, 1), self.device)?;

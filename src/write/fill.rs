@@ -145,8 +145,6 @@ pub(super) fn fill(
                 }
             }
         });
-        // Nothing more comes.
-        drop(due);
     });
     if let Some(error) = failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
         for (shard, pending) in pending.iter().enumerate() {
