@@ -221,7 +221,10 @@ fn a_recipe_has_every_row() {
     let names = EXPERTS.map(str::to_owned);
     let evaluation = evaluate::recipe(&recipe, &composite, Some(&composite), &names, &texts, &setting).unwrap();
     let kinds: Vec<Kind> = evaluation.rows.iter().map(|row| row.kind).collect();
-    assert_eq!(kinds, [Base, Expert, Expert, Expert, Expert, Kind::Average, Kind::Uniform, Hidden, Kind::Recipe, Perfect, Oracle]);
+    assert_eq!(
+        kinds,
+        [Base, Expert, Expert, Expert, Expert, Kind::Average, Kind::Uniform, Hidden, Kind::Recipe, Perfect, Kind::Mixture, Oracle]
+    );
     let row = |kind| evaluation.rows.iter().find(|row| row.kind == kind).unwrap();
     assert_eq!(row(Oracle).losses[0], evaluation.rows[1].losses[0]);
     assert_eq!(row(Oracle).losses[1], evaluation.rows[2].losses[1]);
@@ -280,7 +283,7 @@ fn json_has_every_figure() {
     assert_eq!((&json["window"], &json["windows"]), (&16.into(), &3.into()));
     let rows = json["rows"].as_array().unwrap();
     let kinds: Vec<&str> = rows.iter().map(|row| row["kind"].as_str().unwrap()).collect();
-    assert_eq!(kinds, ["base", "expert", "expert", "average", "uniform", "hidden", "recipe", "perfect", "oracle"]);
+    assert_eq!(kinds, ["base", "expert", "expert", "average", "uniform", "hidden", "recipe", "perfect", "mixture", "oracle"]);
     for row in rows {
         let perplexities = row["perplexity"].as_array().unwrap();
         let mean = perplexities.iter().map(|p| p.as_f64().unwrap().ln()).sum::<f64>() / 2.0;

@@ -1,4 +1,5 @@
-//! A composite beside everything that it competes with: base, experts, their mean, no gate, mergekit's gate, a perfect router, the oracle.
+//! A composite beside everything that it competes with: base, experts, their mean, no gate, mergekit's gate, a perfect router, the
+//! experts' Bayesian mixture, the oracle.
 //!
 //! One model is loaded at a time, straight off the maps; nothing is written.
 
@@ -183,9 +184,9 @@ fn dense(
         };
         experts.push(row);
     }
-    let oracle = oracle(&experts, texts);
+    let (mixture, oracle) = (mixture(&experts, texts), oracle(&experts, texts));
     evaluation.rows.extend(experts);
-    evaluation.rows.push(oracle);
+    evaluation.rows.extend([mixture, oracle]);
     match Average::new(base, sources.experts(recipe), dtype) {
         Ok(average) => {
             let (row, _) = model("average", (average.family, &average.config), &average, texts, setting)?;
@@ -208,6 +209,22 @@ fn load(name: &str, composite: &Composite, setting: &Setting<'_>) -> Result<Deco
 
 fn no_average(error: &WeightsError) -> String {
     format!("there is no row for the average: the experts cannot be averaged ({error})")
+}
+
+/// All experts on every text that has one, as a Bayesian mixture: the next token's probability is their mean, each weighted by the probability
+/// that it gave the window so far. Over a whole window that is the mean of the probabilities that they give it: at most ln E nats are lost to
+/// the right one, which is what it costs not to be told which that is.
+fn mixture(experts: &[Row], texts: &[Text]) -> Row {
+    let of_window = |t: usize, w: usize| {
+        let least = experts.iter().map(|row| row.losses[t][w].sum).fold(f64::INFINITY, f64::min);
+        let mean = experts.iter().map(|row| (least - row.losses[t][w].sum).exp()).sum::<f64>() / experts.len() as f64;
+        Loss { sum: least - mean.ln(), ..experts[0].losses[t][w] }
+    };
+    let of_text = |(t, text): (usize, &Text)| {
+        let windows = if text.expert.is_some() { text.windows.len() } else { 0 };
+        (0..windows).map(|w| of_window(t, w)).collect()
+    };
+    Row { name: "Bayes mixture".to_owned(), kind: Kind::Mixture, losses: texts.iter().enumerate().map(of_text).collect() }
 }
 
 /// Each expert alone on its own texts.
@@ -259,7 +276,22 @@ pub fn match_experts(domains: &[&str], experts: &[String]) -> (Vec<Option<usize>
 
 #[cfg(test)]
 mod tests {
-    use super::match_experts;
+    use super::*;
+
+    #[test]
+    fn a_mixture_pays_once_for_what_it_is_not_told() {
+        let row = |sums: [f64; 2]| Row {
+            name: String::new(),
+            kind: Kind::Expert,
+            losses: vec![sums.map(|sum| Loss { sum, tokens: 10 }).to_vec(), sums.map(|sum| Loss { sum, tokens: 10 }).to_vec()],
+        };
+        let window = Window { tokens: vec![0; 11], prefix: 0 };
+        let text = |expert| Text { name: String::new(), windows: vec![window.clone(); 2], expert };
+        // Equal experts lose nothing; one that is far better than the others loses the logarithm of their number.
+        let losses = mixture(&[row([20.0, 20.0]), row([20.0, 900.0])], &[text(Some(0)), text(None)]).losses;
+        assert!((losses[0][0].sum - 20.0).abs() < 1e-12 && (losses[0][1].sum - 20.0 - 2f64.ln()).abs() < 1e-12, "{losses:?}");
+        assert!(losses[0][0].tokens == 10 && losses[1].is_empty(), "a text of no expert has no right one");
+    }
 
     #[test]
     fn domains_find_their_experts() {

@@ -33,6 +33,8 @@ pub enum Kind {
     Recipe,
     /// the composite, every token to its domain's expert
     Perfect,
+    /// the dense experts, mixed by how well they have predicted the text so far
+    Mixture,
     /// each expert on its own domain, dense
     Oracle,
     /// a model beside the recipe
@@ -116,7 +118,7 @@ impl Report {
 
     /// Share of the loss from the best dense model to the oracle that the row wins back; `None` for dense models, and where nothing is to win.
     fn share(&self, row: &Row) -> Option<f64> {
-        if !matches!(row.kind, Kind::Uniform | Kind::Hidden | Kind::Recipe | Kind::Perfect | Kind::Model) {
+        if !matches!(row.kind, Kind::Uniform | Kind::Hidden | Kind::Recipe | Kind::Perfect | Kind::Mixture | Kind::Model) {
             return None;
         }
         let (best, oracle) = (self.mean(self.best_dense()?), self.mean(self.row(Kind::Oracle)?));
@@ -176,6 +178,7 @@ impl Report {
             uniform: mean(Kind::Uniform),
             recipe,
             perfect,
+            mixture: mean(Kind::Mixture).filter(|mean| mean.is_finite()),
             oracle,
             noise: self.noise(best, row),
             accuracy: right.iter().sum::<f64>() / right.len() as f64,
@@ -316,6 +319,7 @@ struct Figures {
     uniform: Option<f64>,
     recipe: f64,
     perfect: f64,
+    mixture: Option<f64>,
     oracle: f64,
     /// standard error of the difference of `recipe` and `best`
     noise: f64,
@@ -365,11 +369,13 @@ fn verdict(f: &Figures) -> Vec<String> {
         return lines;
     }
     let (shared, router) = ((f.perfect - f.oracle).max(0.0), (f.recipe - f.perfect).max(0.0));
-    let split = format!(
-        "of what is missing, {} lies in the shared weights and {} in the router",
-        percent(shared / (shared + router)),
-        percent(router / (shared + router))
-    );
+    // Whoever is not told the domain has to find it out from the text, and pays for it at its beginning.
+    let unknown = f.mixture.map_or(0.0, |mixture| mixture - f.oracle).clamp(0.0, router);
+    let part = |part: f64| percent(part / (shared + router));
+    let mut split = format!("of what is missing, {} lies in the shared weights and {} in the router", part(shared), part(router));
+    if let Some(mixture) = f.mixture.filter(|_| unknown > 0.0) {
+        split += &format!("; {} is the price of not being told the expert (Bayes mixture {})", part(unknown), ppl(mixture));
+    }
     let chance = 1.0 / f.experts.max(1) as f64;
     let accuracy = if f.accuracy.is_finite() {
         format!("; the gates bring {} of the tokens to the right expert first (by chance it were {})", percent(f.accuracy), percent(chance))
@@ -397,6 +403,8 @@ fn verdict(f: &Figures) -> Vec<String> {
             "The shared weights are to blame more than the router (perfect router {}): {split}. First {try_shared}.",
             ppl(f.perfect)
         ));
+    } else if router - unknown <= gap * 0.01 {
+        lines.push(format!("No gate can do much better (perfect router {}): {split}{accuracy}.", ppl(f.perfect)));
     } else {
         lines.push(format!("The router is to blame (perfect router {}): {split}{accuracy}. First {try_router}.", ppl(f.perfect)));
     }
@@ -432,6 +440,7 @@ mod tests {
                 row("average", Kind::Average, &[64.0, 64.0, 60.0]),
                 row("this recipe", Kind::Recipe, &[32.0, 32.0, 60.0]),
                 row("perfect router", Kind::Perfect, &[16.0, 16.0, f64::NAN]),
+                row("Bayes mixture", Kind::Mixture, &[20.0, 20.0, f64::NAN]),
                 row("oracle", Kind::Oracle, &[16.0, 16.0, f64::NAN]),
             ],
             experts: vec!["code".into(), "verse".into()],
@@ -496,6 +505,7 @@ mod tests {
             uniform: None,
             recipe: recipe.ln(),
             perfect: perfect.ln(),
+            mixture: None,
             oracle: oracle.ln(),
             noise: 0.001,
             accuracy: 0.5,
@@ -507,6 +517,16 @@ mod tests {
         for (name, case, expected) in cases {
             let lines = verdict(&figures(case)).join("\n");
             assert!(lines.contains(expected), "{name}: {lines}");
+        }
+        let told = |mixture: f64| verdict(&Figures { mixture: Some(mixture.ln()), ..figures((64.0, 20.0, 16.0, 16.0)) }).join("\n");
+        assert!(
+            told(18.0).contains("The router is to blame")
+                && told(18.0).contains("53 % is the price of not being told the expert (Bayes mixture 18.00)"),
+            "{}",
+            told(18.0)
+        );
+        for untold in [19.9, 21.0] {
+            assert!(told(untold).contains("No gate can do much better (perfect router 16.00)"), "{}", told(untold));
         }
         let whole = verdict(&Figures { sequence: true, ..figures((64.0, 20.0, 16.0, 16.0)) }).join("\n");
         assert!(whole.contains("goes to texts whose expert is not clear yet") && !whole.contains("to blame"), "{whole}");

@@ -2,6 +2,8 @@
 
 #![allow(clippy::needless_range_loop, reason = "arrays that are indexed by constants are registers")]
 
+use std::mem::MaybeUninit;
+
 use super::{
     blocks::{self, Columns, GROUP, Integers, LANES, Panel, Rows16},
     product::Block,
@@ -82,7 +84,8 @@ impl<L: Lanes> Sink<L> for To {
 struct Products<L: Lanes, const T: usize, const S: usize> {
     /// from the block's column on
     x: Columns<T>,
-    dots: [[L::Ints; T]; 16],
+    /// of the sub-blocks that wait for their scales; the others are of no meaning, and are not cleared for each sixteen rows of weights
+    dots: [[MaybeUninit<L::Ints>; T]; 16],
     totals: [L::Floats; T],
 }
 
@@ -97,7 +100,7 @@ impl<L: Lanes, const T: usize, const S: usize> Sink<L> for Products<L, T, S> {
                     dots[t] = L::dot(F::DTYPE, dots[t], levels[i], x);
                 }
             }
-            self.dots[sub] = dots;
+            self.dots[sub] = dots.map(MaybeUninit::new);
         }
     }
 
@@ -106,7 +109,7 @@ impl<L: Lanes, const T: usize, const S: usize> Sink<L> for Products<L, T, S> {
         unsafe {
             for t in 0..T {
                 let scale = L::mul(scale, L::splat(*self.x.scales[t].add(sub * S / GROUP)));
-                let total = L::mul_add(L::floats(self.dots[sub][t]), scale, self.totals[t]);
+                let total = L::mul_add(L::floats(self.dots[sub][t].assume_init()), scale, self.totals[t]);
                 self.totals[t] = L::mul_sub(minimum, L::splat(*self.x.sums[t].add(sub)), total);
             }
         }
@@ -392,8 +395,8 @@ macro_rules! integers {
                 unsafe {
                     for lane in (0..LANES).step_by(<$lanes>::ROWS) {
                         let from = From { data: rows.first.add(lane * rows.stride), stride: rows.stride };
-                        let zero = <$lanes>::zero();
-                        let mut products = Products::<$lanes, T, S> { x, dots: [[zero; T]; 16], totals: [<$lanes>::splat(0.0); T] };
+                        let dots = [[MaybeUninit::uninit(); T]; 16];
+                        let mut products = Products::<$lanes, T, S> { x, dots, totals: [<$lanes>::splat(0.0); T] };
                         $module::unpack(dtype, from, rows.blocks, &mut products);
                         for t in 0..T {
                             <$lanes>::store(sums[t].as_mut_ptr().add(lane), products.totals[t]);
