@@ -188,7 +188,7 @@ fn a_source_cut_short_while_it_is_fitted_is_an_error() {
     let recipe = models.recipe("gate_mode: ridge\nshared: fit", "");
     let sources = Sources::open(&recipe, |reference, _| source::open(reference, &OpenOptions::default())).unwrap();
     let plan = plan::plan(&recipe, &sources, &[]).unwrap();
-    let sequence = |e: u32| Sequence { tokens: (0..40).map(|i| 3 + 20 * e + i * i % 17).collect(), counts: vec![true; 40] };
+    let sequence = |e: u32| Sequence { tokens: (0..40).map(|i| 3 + 20 * e + i * i % 17).collect(), counts: vec![true; 40], opening: false };
     let corpus = Corpus { experts: (0..3).map(|e| vec![sequence(e); 4]).collect(), origin: Vec::new(), warnings: Vec::new() };
     let file = models.path("b").join("model.safetensors");
     let cut = |done: usize, _: usize| {

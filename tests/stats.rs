@@ -51,7 +51,7 @@ fn open(dir: &Path) -> Source {
 fn sequences(expert: u32) -> Vec<Sequence> {
     let sequence = |s: u32| (0..40).map(|i| (3 + 27 * expert + (i * i + s * i) % 12, i > 0)).collect::<Vec<_>>();
     let sequence = |s| sequence(s).into_iter().unzip();
-    (0..8).map(sequence).map(|(tokens, counts)| Sequence { tokens, counts }).collect()
+    (0..8).map(sequence).map(|(tokens, counts)| Sequence { tokens, counts, opening: false }).collect()
 }
 
 /// Statistics of a composite from these texts of its experts.

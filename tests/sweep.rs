@@ -40,12 +40,16 @@ fn fitted(dir: &Path, recipe: &mut Recipe) -> Composite {
 
 /// The composite, and how often its routers are right with K experts.
 fn fit(dir: &Path, recipe: &mut Recipe) -> (Composite, Vec<f64>) {
+    let options = text::TextOptions { short: 0, window: 64, ..text::TextOptions::default() };
+    fit_to(dir, recipe, &options)
+}
+
+fn fit_to(dir: &Path, recipe: &mut Recipe, options: &text::TextOptions) -> (Composite, Vec<f64>) {
     let sources = Sources::open(recipe, |reference, _| source::open(reference, &OpenOptions::default())).unwrap();
     recipe.shared = calibrate::settle(recipe, &calibrate::drift(recipe, &sources).unwrap());
     let plan = plan::plan(recipe, &sources, &[]).unwrap();
-    let options = text::TextOptions { short: 0, window: 64, ..text::TextOptions::default() };
     let none = |_: &source::Source| panic!("every expert has a text");
-    let corpus = text::corpus(recipe, &sources, &options, &none, &|_| ()).unwrap();
+    let corpus = text::corpus(recipe, &sources, options, &none, &|_| ()).unwrap();
     let store = calibrate::fit(recipe, &plan, &sources, &corpus, &Device::Cpu, &dir.join("cache"), &|_, _| ()).unwrap();
     let (gates, right) = (Gates { routed: store.found.gates.clone(), shared: Vec::new() }, store.found.right.clone());
     (plan::composite(plan, sources, gates, Some(std::sync::Arc::new(store))), right)
@@ -100,6 +104,33 @@ fn where_routers_are_sure_one_expert_per_token_does() {
     // Texts of different words, so that the experts are easily told apart.
     let (_, right) = fit(dir.path(), &mut recipe(dir.path(), "", &[("a", 3), ("b", 20)]));
     assert!(right.len() == 2 && right[0] > 0.5 && right[1] > 0.999, "{right:?}");
+}
+
+#[test]
+fn openings_are_for_gates_alone() {
+    let dir = TempDir::new().unwrap();
+    for (seed, name) in ["base", "a", "b"].into_iter().enumerate() {
+        models::write(&dir.path().join(name), "llama", seed as u64);
+    }
+    let fitted = |opening| {
+        let options = text::TextOptions { short: 0, window: 64, opening, ..text::TextOptions::default() };
+        let mut recipe = recipe(dir.path(), "shared: fit\nrepair: false", &[("a", 3), ("b", 20)]);
+        fit_to(dir.path(), &mut recipe, &options).0
+    };
+    let (without, with) = (fitted(0), fitted(8));
+    let read = |composite: &Composite, name: &str| composite.read(name).unwrap().to_f32();
+    let mut gates = 0;
+    for name in without.names() {
+        // What is behind a router follows its choices.
+        let (a, b) = (read(&without, &name), read(&with, &name));
+        let most = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        if name.contains("gate.weight") {
+            gates += usize::from(most > 1e-3);
+        } else if name.contains("layers.0.self_attn") || name.contains("embed") {
+            assert!(most < 1e-4, "{name}: {most}");
+        }
+    }
+    assert!(gates > 0, "gates see the openings");
 }
 
 #[test]

@@ -20,7 +20,8 @@ use upcycle_architectures::decoder::Decoder;
 
 use crate::support::models;
 
-const OPTIONS: TextOptions = TextOptions { tokens: 8192, short: 0, window: 256, continuations: 6, length: 24, batch: 4, cache: None };
+const OPTIONS: TextOptions =
+    TextOptions { tokens: 8192, short: 0, window: 256, continuations: 6, length: 24, opening: 0, batch: 4, cache: None };
 
 fn parse(text: &str, file: &Path) -> Recipe {
     let allow = ["one-expert", "same-model-experts", "twin-experts"].map(str::to_owned);
@@ -128,6 +129,35 @@ fn a_prefix_stands_before_each_window_and_does_not_count() {
     }
     assert!(corpus.experts[0].iter().all(|sequence| sequence.counts[1..].iter().all(|counts| *counts)));
     assert_eq!(corpus.experts[1][0].tokens[..4], [0, 3, 4, 5]);
+}
+
+#[test]
+fn openings_follow_the_text_that_they_are_cut_from() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = TextOptions { opening: 6, continuations: 1, ..OPTIONS };
+    let recipe = with_prefix(dir.path());
+    let words: Vec<String> = (3..30).map(|word| format!("w{word}")).collect();
+    fs_err::write(dir.path().join("t.txt"), words.join(" ")).unwrap();
+    let corpus = corpus(&recipe, &TextOptions { window: 14, ..options.clone() }).0.unwrap();
+    let [file, written] = &corpus.experts[..] else { panic!("two experts") };
+    let (tokens, counts): (Vec<_>, Vec<_>) = file.iter().map(|sequence| (&sequence.tokens[..], &sequence.counts[..])).unzip();
+    let window = |from: u32| std::iter::once(0).chain(from..from + 13).collect::<Vec<u32>>();
+    // One of every six tokens' four, the prefix in front; the last three words of the text are too few.
+    let [first, second] = [window(3), window(16)];
+    assert_eq!(tokens, [&first[..], &[0, 6, 7, 8, 9], &[0, 12, 13, 14, 15], &second, &[0, 19, 20, 21, 22], &[0, 25, 26, 27, 28], &[0, 29]]);
+    assert_eq!(file.iter().map(|sequence| sequence.opening).collect::<Vec<_>>(), [false, true, true, false, true, true, false]);
+    assert!(counts.iter().all(|counts| !counts[0] && counts[1..].iter().all(|counts| *counts)), "the prefix alone does not count");
+    assert!(written.iter().any(|sequence| sequence.opening), "of what experts write, too");
+
+    // Of chats there are none: the template stands in front of all that is said.
+    let chat = json!({"messages": [{"role": "user", "content": numbered(20)}, {"role": "assistant", "content": numbered(20)}]});
+    let (text, chat) = (numbered(40), format!("{chat}\n{}", json!(numbered(40))));
+    for (name, content, chats) in [("t.txt", text, 0), ("t.jsonl", chat, 1)] {
+        let sequences = from_file(name, content.as_bytes(), &options).unwrap();
+        let (openings, whole): (Vec<_>, Vec<_>) = sequences.iter().partition(|sequence| sequence.opening);
+        let plain: usize = whole.iter().skip(chats).map(|sequence| sequence.tokens.len()).sum();
+        assert!(openings.len().abs_diff(plain / 6) <= whole.len() && plain > 100, "{name}: {} of {plain} tokens", openings.len());
+    }
 }
 
 #[test]

@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// Counts changes of how composites are fitted, so that what is kept is not taken for what would be fitted now.
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 
 /// Runs the sweep, or takes what an earlier one of the same recipe, models and text left in `cache`. `progress` is told the layers done and
 /// how many there are.
@@ -49,7 +49,7 @@ fn key(recipe: &Recipe, plan: &Plan, sources: &Sources, corpus: &Corpus) -> Stri
         parts.extend(source.stamps());
     }
     for sequence in corpus.experts.iter().flatten() {
-        parts.push(format!("{:?}{:?}", sequence.tokens, sequence.counts));
+        parts.push(format!("{:?}{:?}{}", sequence.tokens, sequence.counts, sequence.opening));
     }
     parts.iter().fold(Sha256::new(), Sha256::chain_update).finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -94,7 +94,8 @@ struct Texts {
     own: Vec<Sequences>,
     all: Sequences,
     rows: Vec<Range<usize>>,
-    /// [N, 1], the same sum for every expert, mean 1. Tokens that do not count are among them: whoever comes after them attends to them.
+    /// [N, 1], the same sum for every expert, mean 1; zero for openings. Tokens that do not count are among them: whoever comes after them
+    /// attends to them.
     weight: Tensor,
     /// which tokens say something about their expert: the ones that gates are fitted to [N]
     counts: Vec<bool>,
@@ -143,11 +144,15 @@ impl Sweep<'_> {
 
     fn texts(&self, corpus: &Corpus) -> Result<Texts, CalibrateError> {
         let (mut own, mut rows, mut counts, mut labels, mut folds) = (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let mut weight: Vec<f32> = Vec::new();
         let mut all = Vec::new();
         for (e, sequences) in corpus.experts.iter().enumerate() {
             let start = labels.len();
+            let whole: usize = sequences.iter().filter(|sequence| !sequence.opening).map(|sequence| sequence.tokens.len()).sum();
             for (i, sequence) in sequences.iter().enumerate() {
                 counts.extend_from_slice(&sequence.counts);
+                let share = if sequence.opening { 0.0 } else { 1.0 / whole as f32 };
+                weight.extend(sequence.tokens.iter().map(|_| share));
                 labels.extend(sequence.tokens.iter().map(|_| e as u32));
                 folds.extend(sequence.tokens.iter().map(|_| i * FOLDS / sequences.len()));
             }
@@ -157,8 +162,7 @@ impl Sweep<'_> {
             rows.push(start..labels.len());
         }
         let n = labels.len();
-        let share = |label: &u32| n as f32 / (rows.len() * rows[*label as usize].len()) as f32;
-        let weight = Tensor::from_vec(labels.iter().map(share).collect::<Vec<f32>>(), (n, 1), self.device)?;
+        let weight = (Tensor::from_vec(weight, (n, 1), self.device)? * (n as f64 / rows.len() as f64))?;
         Ok(Texts { own, all: Sequences::new(all, &self.base.config, self.device)?, rows, weight, counts, labels, folds })
     }
 

@@ -20,6 +20,11 @@ impl Mlp {
         self.projections.iter().map(|linear| &linear.weight)
     }
 
+    /// Lets the CPU round activations to the type of the weights where that is faster.
+    pub fn hasten(&mut self) {
+        self.projections.iter_mut().for_each(|linear| linear.weight.hasten());
+    }
+
     /// x [N, D] -> [N, D]
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.output(&self.hidden(x)?)

@@ -115,7 +115,7 @@ impl Sequence {
 impl FromIterator<(u32, bool)> for Sequence {
     fn from_iter<I: IntoIterator<Item = (u32, bool)>>(pairs: I) -> Self {
         let (tokens, counts) = pairs.into_iter().unzip();
-        Self { tokens, counts }
+        Self { tokens, counts, opening: false }
     }
 }
 

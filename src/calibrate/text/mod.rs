@@ -2,11 +2,13 @@
 //! expert goes on from many places: a few KB with what it makes of them are worth nearly as much as tens of KB.
 //!
 //! What is known here is which tokens say something about an expert: those of its text, not the BOS in front of it, not the chat template
-//! around it, and not a system prompt, which is the same in every chat. What is done with the text is not known here.
+//! around it, and not a system prompt, which is the same in every chat. What is done with the text is not known here, but for one thing: gates are
+//! shown more beginnings of texts than there are (`openings`).
 
 mod cache;
 mod encode;
 mod files;
+mod openings;
 mod starts;
 mod write;
 
@@ -41,6 +43,9 @@ pub struct Sequence {
     pub tokens: Vec<u32>,
     /// which of them count [T]
     pub counts: Vec<bool>,
+    /// whether they are the beginning of what is in another sequence already: gates are fitted to it, and nothing else
+    #[serde(skip)]
+    pub opening: bool,
 }
 
 /// The text of every expert.
@@ -97,6 +102,8 @@ pub struct TextOptions {
     pub continuations: usize,
     /// tokens of one of them at most
     pub length: usize,
+    /// tokens of plain text of which a few are an opening; none is taken if 0
+    pub opening: usize,
     /// texts that are written together: as many as fit in memory; the text does not depend on it
     pub batch: usize,
     /// directory in which written text is kept
@@ -105,7 +112,7 @@ pub struct TextOptions {
 
 impl Default for TextOptions {
     fn default() -> Self {
-        Self { tokens: 8192, short: 4096, window: 256, continuations: 48, length: 128, batch: 16, cache: None }
+        Self { tokens: 8192, short: 4096, window: 256, continuations: 48, length: 128, opening: 16, batch: 16, cache: None }
     }
 }
 
@@ -196,7 +203,7 @@ pub fn corpus(
             };
             return Err(TextError::None { expert: name.clone(), reason }.into());
         }
-        corpus.experts.push(sequences);
+        corpus.experts.push(openings::among(sequences, options.opening, &encoder));
         corpus.origin.push(origin);
     }
     Ok(corpus)
