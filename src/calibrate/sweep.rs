@@ -251,10 +251,11 @@ impl Sweep<'_> {
             // Where norms are folded, an expert sees its own.
             let seen = if self.fits() { block.mlp_input(&m.index_select(&ids, 0)?)? } else { r.index_select(&ids, 0)? };
             let gains = Tensor::from_vec(gains, (n, 1), self.device)?;
-            let a = dense(block.mlp_hidden(&seen))??.broadcast_mul(&gains)?; // [n, F]
-            let y = dense(block.mlp_output(&a))??; // [n, D]
+            let a = dense(block.mlp_hidden(&seen))??; // [n, F]
+            // In this order, products are rounded as in the expert's own model.
+            let y = dense(block.mlp_output(&a))??.broadcast_mul(&gains)?; // [n, D]
             rest = rest.index_add(&ids, &y.neg()?, 0)?;
-            chosen.push(Picked { ids: rows, a });
+            chosen.push(Picked { ids: rows, a: a.broadcast_mul(&gains)? });
         }
         if self.plan.repaired {
             self.repair(l, texts, &weight, &chosen, &mut rest, store)?;

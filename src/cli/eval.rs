@@ -126,9 +126,11 @@ fn composite(
     setting: &Setting<'_>,
     report: &mut Report,
 ) -> anyhow::Result<Vec<Text>> {
+    // mergekit would not choose another number of experts per token, as the fit may.
+    let experts_per_token = recipe.experts_per_token;
     let composite = recipe::composite(recipe, &args.options, &args.device)?;
     let windows = cut(recipe, composite.sources.base(), texts, args, report)?;
-    let hidden = hidden(recipe, args, report)?;
+    let hidden = hidden(&Recipe { experts_per_token, ..recipe.clone() }, args, report)?;
     report.shared = recipe.shared;
     report.fitted = recipe.fitted();
     report.add(evaluate::recipe(recipe, &composite, hidden.as_ref(), &report.experts, &windows, setting)?);
