@@ -6,7 +6,7 @@
 //! 1. q, k, v: the matrix that makes from the composite's inputs what each expert's own makes from its own inputs, by least squares, held
 //!    near the experts' mean weighted by their inputs' second moments (`RegMean`, arXiv 2212.09849);
 //! 2. o: the matrix that brings the residual stream to where it is in the expert's own model;
-//! 3. the gate, on the composite's true router inputs, labelled with the text's expert;
+//! 3. the gate, on the composite's true router inputs, labelled with the text's expert, openings among them;
 //! 4. the experts' down projections, together, under the routing that this gate gives: they make up for wrongly routed tokens and for
 //!    what the shared weights could not do. The tokens of a fold are routed by a gate fitted on the other folds, so that routing goes
 //!    wrong here as often as it will on new text.

@@ -404,7 +404,7 @@ fn verdict(f: &Figures) -> Vec<String> {
             ppl(f.perfect)
         ));
     } else if router - unknown <= gap * 0.01 {
-        lines.push(format!("No gate can do much better (perfect router {}): {split}{accuracy}.", ppl(f.perfect)));
+        lines.push(format!("Another gate would gain little (perfect router {}): {split}{accuracy}.", ppl(f.perfect)));
     } else {
         lines.push(format!("The router is to blame (perfect router {}): {split}{accuracy}. First {try_router}.", ppl(f.perfect)));
     }
@@ -526,7 +526,7 @@ mod tests {
             told(18.0)
         );
         for untold in [19.9, 21.0] {
-            assert!(told(untold).contains("No gate can do much better (perfect router 16.00)"), "{}", told(untold));
+            assert!(told(untold).contains("Another gate would gain little (perfect router 16.00)"), "{}", told(untold));
         }
         let whole = verdict(&Figures { sequence: true, ..figures((64.0, 20.0, 16.0, 16.0)) }).join("\n");
         assert!(whole.contains("goes to texts whose expert is not clear yet") && !whole.contains("to blame"), "{whole}");
