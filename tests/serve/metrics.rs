@@ -17,6 +17,15 @@ impl Running {
     }
 }
 
+/// Waits for a figure: an answer can be read before what it cost is counted.
+fn until(server: &Running, sample: &str, expected: f64) {
+    let start = Instant::now();
+    while (server.metric(sample) - expected).abs() > f64::EPSILON {
+        assert!(start.elapsed() < Duration::from_secs(20), "{sample} is {}, not {expected}", server.metric(sample));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 #[test]
 fn requests_and_tokens_are_counted() {
     let server = Running::start(Options::default());
@@ -37,7 +46,7 @@ fn requests_and_tokens_are_counted() {
         ("upcycle_requests_waiting{model=\"math\"}", 0.0),
         ("upcycle_requests_parallel{model=\"math\"}", 8.0),
     ] {
-        assert!((server.metric(sample) - expected).abs() < f64::EPSILON, "{sample} is {}", server.metric(sample));
+        until(&server, sample, expected);
     }
     assert!(server.metric("upcycle_prompt_tokens_total{model=\"math\"}") > usage["prompt_tokens"].as_f64().unwrap());
     assert!(server.metric("upcycle_inter_token_seconds_count{model=\"math\"}") > 10.0);
@@ -49,13 +58,7 @@ fn what_runs_and_what_nobody_waits_for_show() {
     let server = Running::start(Options { parallel: 2, ..Options::default() });
     let body = json!({"prompt": "Problem:", "n": 5, "max_tokens": 500, "logit_bias": {"0": -100}}).to_string();
     let asking = send(server.address, "POST", "/v1/completions", body.as_bytes());
-    let until = |sample: &str, expected: f64| {
-        let start = Instant::now();
-        while (server.metric(sample) - expected).abs() > f64::EPSILON {
-            assert!(start.elapsed() < Duration::from_secs(20), "{sample} is {}, not {expected}", server.metric(sample));
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    };
+    let until = |sample: &str, expected: f64| until(&server, sample, expected);
     until("upcycle_requests_running{model=\"math\"}", 2.0);
     until("upcycle_requests_waiting{model=\"math\"}", 3.0);
     drop(asking);
