@@ -31,7 +31,7 @@ pub(crate) struct Args {
     /// Times that each is done; medians are shown
     #[arg(long, value_name = "N", default_value_t = 3)]
     repeat: usize,
-    /// Kernels of this CPU's: amx, avx512-bf16, avx512, avx2 or plain; the fastest that it has if not given
+    /// Kernels of this CPU's: amx, avx512-bf16, avx512, avx2, neon or plain; the fastest that it has if not given
     #[arg(long, value_name = "KIND")]
     kernels: Option<Kernels>,
     /// Print JSON

@@ -20,6 +20,7 @@ pub(super) const LANES: usize = 16;
 /// Inner elements in a panel: a whole number of blocks of any type.
 pub(super) const CHUNK: usize = 512;
 /// Bytes by which each row of weights is fetched ahead.
+#[cfg(target_arch = "x86_64")]
 pub(super) const AHEAD: usize = 768;
 /// Elements of x that share a scale.
 pub(super) const GROUP: usize = 32;

@@ -20,6 +20,8 @@
 mod amx;
 pub(crate) mod attention;
 mod blocks;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 pub mod peak;
 pub(crate) mod product;
 mod simd;
@@ -45,7 +47,9 @@ pub enum Kernels {
     Amx,
     /// AVX2 with FMA and F16C
     Avx2,
-    /// what every CPU of the architecture has; on ARM that includes NEON
+    /// NEON, on 64-bit ARM
+    Neon,
+    /// what every CPU of the architecture has, as the compiler puts it into vectors
     Plain,
 }
 
@@ -75,6 +79,7 @@ impl Kernels {
             Self::Avx512Bf16 => "avx512-bf16",
             Self::Amx => "amx",
             Self::Avx2 => "avx2",
+            Self::Neon => "neon",
             Self::Plain => "plain",
         }
     }
@@ -107,6 +112,8 @@ impl Kernels {
                 available.push(Self::Avx2);
             }
         }
+        #[cfg(target_arch = "aarch64")]
+        available.push(Self::Neon);
         available.push(Self::Plain);
         #[cfg(target_arch = "x86_64")]
         {
@@ -133,6 +140,9 @@ impl Kernels {
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 if x86::has_avx2() => unsafe { x86::run_avx2(kernel) },
+            // SAFETY: every CPU of the architecture has the instructions.
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => unsafe { kernel.run::<neon::Neon>() },
             // SAFETY: plain code runs on every CPU.
             _ => unsafe { kernel.run::<Plain>() },
         }

@@ -42,6 +42,7 @@ pub(super) trait Simd: Copy + 'static {
 /// How a stream of weights is best fetched ahead: a property of the CPU, whatever its vectors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fetch {
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only x86 CPUs are known to differ"))]
     /// past the outer caches, which then keep what is used again: a fifth faster on AMD's, half as fast on Intel's
     Once,
     /// into all caches
