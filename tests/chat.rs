@@ -26,7 +26,9 @@ struct Terminal {
 impl Terminal {
     /// `upcycle chat` with a home of its own; none, aloud, where `script` is missing.
     fn open(home: &Path) -> Option<Self> {
-        let chat = format!("'{}' chat --temperature 0 -n 300 '{}'", env!("CARGO_BIN_EXE_upcycle"), demo("bible").display());
+        // As wide as no line here is: what is written stands in one piece.
+        let chat =
+            format!("stty cols 500; exec '{}' chat --temperature 0 -n 450 '{}'", env!("CARGO_BIN_EXE_upcycle"), demo("bible").display());
         let child = Command::new("script")
             .args(["-qefc", &chat, "/dev/null"])
             .envs([("TERM", "xterm"), ("RAYON_NUM_THREADS", "2")])
@@ -107,10 +109,9 @@ fn a_terminal_edits_completes_remembers_and_stops() {
 
     // The same answer, stopped.
     terminal.keys("/regenerate\r");
+    terminal.wait("/regenerate");
     terminal.wait("\n");
-    while terminal.seen.trim().is_empty() {
-        terminal.seen += &terminal.output.recv().unwrap();
-    }
+    terminal.wait(whole[2].1.split_whitespace().next().unwrap());
     terminal.keys("\x03");
     terminal.wait("> ");
     let part = save(&mut terminal, "part.json");
