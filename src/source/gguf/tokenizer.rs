@@ -3,8 +3,12 @@
 //! Two kinds are known: byte-level BPE (`gpt2`), whose splitting pattern GGUF only names, and `SentencePiece` BPE (`llama`), whose merges
 //! follow from the scores. Patterns are those of the original `tokenizer.json` files that llama.cpp's names stand for.
 
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, HashMap},
+};
 
+use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
 
 use super::{config::special_ids, read::Gguf};
@@ -23,8 +27,9 @@ const LONGEST_MERGE: usize = 64;
 /// The files.
 pub(super) fn make(gguf: &Gguf, config: &Value) -> Result<BTreeMap<String, Sidecar>> {
     let model = gguf.text("tokenizer.ggml.model")?.ok_or("metadata `tokenizer.ggml.model` is missing")?;
-    let vocabulary = Vocabulary::read(gguf)?;
-    let (tokenizer, adds_bos) = match model {
+    let tokens: Vec<_> = gguf.strings("tokenizer.ggml.tokens")?.collect();
+    let vocabulary = Vocabulary::of(&tokens, gguf)?;
+    let (mut tokenizer, adds_bos) = match model {
         "gpt2" => byte_level(gguf, &vocabulary)?,
         "llama" => (sentence_piece(gguf, &vocabulary)?, true),
         other => return Err(format!("tokenizer `{other}` is not supported in GGUF (supported: gpt2, llama)")),
@@ -33,10 +38,9 @@ pub(super) fn make(gguf: &Gguf, config: &Value) -> Result<BTreeMap<String, Sidec
     let token = |ids: &[usize]| ids.first().and_then(|id| vocabulary.tokens.get(*id));
     let adds_bos = gguf.flag("tokenizer.ggml.add_bos_token")?.unwrap_or(adds_bos);
     let adds_eos = gguf.flag("tokenizer.ggml.add_eos_token")?.unwrap_or(false);
-    let mut tokenizer = tokenizer;
     let wrap = [adds_bos.then(|| bos.first().zip(token(&bos))).flatten(), adds_eos.then(|| eos.first().zip(token(&eos))).flatten()];
     if wrap.iter().any(Option::is_some) {
-        tokenizer["post_processor"] = template(wrap);
+        tokenizer.post_processor = Some(template(wrap));
     }
     let unknown = gguf.integer("tokenizer.ggml.unknown_token_id")?.into_iter().collect::<Vec<_>>();
     let settings = json!({
@@ -54,20 +58,49 @@ pub(super) fn make(gguf: &Gguf, config: &Value) -> Result<BTreeMap<String, Sidec
     let generation = json!({
         "bos_token_id": config.get("bos_token_id"), "eos_token_id": config.get("eos_token_id"), "pad_token_id": config.get("pad_token_id"),
     });
-    let made = [("tokenizer.json", tokenizer), ("tokenizer_config.json", settings), ("generation_config.json", generation)];
-    Ok(made.into_iter().map(|(name, json)| (name.to_owned(), Sidecar::Made(json.to_string().into_bytes()))).collect())
+    let made = [
+        ("tokenizer.json", serde_json::to_vec(&tokenizer)),
+        ("tokenizer_config.json", serde_json::to_vec(&settings)),
+        ("generation_config.json", serde_json::to_vec(&generation)),
+    ];
+    made.into_iter().map(|(name, json)| Ok((name.to_owned(), Sidecar::Made(json.map_err(|error| error.to_string())?)))).collect()
+}
+
+/// tokenizer.json, without a copy of what is large in it.
+#[derive(Serialize)]
+struct Made<'a> {
+    version: &'static str,
+    truncation: Option<()>,
+    padding: Option<()>,
+    added_tokens: Vec<Value>,
+    normalizer: Option<Value>,
+    pre_tokenizer: Option<Value>,
+    post_processor: Option<Value>,
+    decoder: Value,
+    model: Bpe<'a>,
+}
+
+#[derive(Serialize)]
+struct Bpe<'a> {
+    r#type: &'static str,
+    unk_token: Option<&'a str>,
+    fuse_unk: bool,
+    byte_fallback: bool,
+    ignore_merges: bool,
+    #[serde(serialize_with = "Vocabulary::serialize")]
+    vocab: &'a Vocabulary<'a>,
+    merges: Vec<[&'a str; 2]>,
 }
 
 /// Tokens with their kinds and the id of each.
-struct Vocabulary {
-    tokens: Vec<String>,
+struct Vocabulary<'a> {
+    tokens: &'a [Cow<'a, str>],
     kinds: Vec<i64>,
-    ids: HashMap<String, usize>,
+    ids: HashMap<&'a str, usize>,
 }
 
-impl Vocabulary {
-    fn read(gguf: &Gguf) -> Result<Self> {
-        let tokens: Vec<String> = gguf.strings("tokenizer.ggml.tokens")?.map(std::borrow::Cow::into_owned).collect();
+impl<'a> Vocabulary<'a> {
+    fn of(tokens: &'a [Cow<'a, str>], gguf: &Gguf) -> Result<Self> {
         let kinds = gguf.array("tokenizer.ggml.token_type")?.and_then(|array| array.integers()).map(Iterator::collect);
         let kinds: Vec<i64> = kinds.unwrap_or_else(|| vec![1; tokens.len()]);
         if kinds.len() != tokens.len() {
@@ -76,24 +109,20 @@ impl Vocabulary {
         let mut ids = HashMap::with_capacity(tokens.len());
         for (id, token) in tokens.iter().enumerate() {
             // Of two tokens with one text, the first can be produced.
-            ids.entry(token.clone()).or_insert(id);
+            ids.entry(&**token).or_insert(id);
         }
         Ok(Self { tokens, kinds, ids })
     }
 
     /// `vocab` of tokenizer.json, in the order of the ids.
-    fn json(&self) -> Value {
-        self.tokens
-            .iter()
-            .enumerate()
-            .filter(|(id, token)| self.ids.get(*token) == Some(id))
-            .map(|(id, token)| (token.clone(), json!(id)))
-            .collect()
+    fn serialize<S: Serializer>(vocabulary: &&Self, to: S) -> std::result::Result<S::Ok, S::Error> {
+        let tokens = vocabulary.tokens.iter().enumerate().map(|(id, token)| (token, id));
+        to.collect_map(tokens.filter(|(token, id)| vocabulary.ids.get(&***token) == Some(id)))
     }
 
     /// `added_tokens` of tokenizer.json: the tokens that are cut out of a text before it is split.
     fn added(&self) -> Vec<Value> {
-        let kinds = self.kinds.iter().zip(&self.tokens).enumerate();
+        let kinds = self.kinds.iter().zip(self.tokens).enumerate();
         kinds
             .filter(|(_, (kind, _))| matches!(**kind, UNKNOWN | CONTROL | USER_DEFINED))
             .map(|(id, (kind, token))| {
@@ -153,7 +182,7 @@ pub(crate) fn splitting_name(patterns: &[&str], nfc: bool, ignore_merges: bool) 
 }
 
 /// Byte-level BPE, and whether it begins with BOS by default.
-fn byte_level(gguf: &Gguf, vocabulary: &Vocabulary) -> Result<(Value, bool)> {
+fn byte_level<'a>(gguf: &Gguf, vocabulary: &'a Vocabulary<'_>) -> Result<(Made<'a>, bool)> {
     let name = gguf.text("tokenizer.ggml.pre")?.unwrap_or("default");
     let splitting = splitting(name).ok_or_else(|| {
         format!("`tokenizer.ggml.pre` is `{name}`, whose splitting pattern is not known here; use the model's Hugging Face directory")
@@ -165,31 +194,40 @@ fn byte_level(gguf: &Gguf, vocabulary: &Vocabulary) -> Result<(Value, bool)> {
         .map(|pattern| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false}))
         .collect();
     steps.push(json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false}));
-    let tokenizer = json!({
-        "version": "1.0", "truncation": null, "padding": null, "added_tokens": vocabulary.added(),
-        "normalizer": splitting.nfc.then(|| json!({"type": "NFC"})),
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-        "post_processor": null,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
-        "model": {
-            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null, "end_of_word_suffix": null,
-            "fuse_unk": false, "byte_fallback": false, "ignore_merges": splitting.ignore_merges, "vocab": vocabulary.json(), "merges": merges,
+    let tokenizer = Made {
+        version: "1.0",
+        truncation: None,
+        padding: None,
+        added_tokens: vocabulary.added(),
+        normalizer: splitting.nfc.then(|| json!({"type": "NFC"})),
+        pre_tokenizer: Some(json!({"type": "Sequence", "pretokenizers": steps})),
+        post_processor: None,
+        decoder: json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true}),
+        model: Bpe {
+            r#type: "BPE",
+            unk_token: None,
+            fuse_unk: false,
+            byte_fallback: false,
+            ignore_merges: splitting.ignore_merges,
+            vocab: vocabulary,
+            merges,
         },
-    });
+    };
     Ok((tokenizer, splitting.bos))
 }
 
 /// `"a b"` as a pair, if both and what they make are tokens.
-fn merge_of(merge: &str, vocabulary: &Vocabulary) -> Result<Value> {
-    let is_token = |token: &str| vocabulary.ids.contains_key(token);
-    match merge.split_once(' ') {
-        Some((left, right)) if is_token(left) && is_token(right) && is_token(&format!("{left}{right}")) => Ok(json!([left, right])),
-        _ => Err(format!("metadata `tokenizer.ggml.merges` has `{merge}`, which joins no two tokens to a third")),
-    }
+fn merge_of<'a>(merge: &str, vocabulary: &'a Vocabulary<'_>) -> Result<[&'a str; 2]> {
+    let token = |token: &str| vocabulary.ids.get(token).map(|id| &*vocabulary.tokens[*id]);
+    let pair = merge.split_once(' ').and_then(|(left, right)| {
+        vocabulary.ids.get(&*[left, right].concat())?;
+        Some([token(left)?, token(right)?])
+    });
+    pair.ok_or_else(|| format!("metadata `tokenizer.ggml.merges` has `{merge}`, which joins no two tokens to a third"))
 }
 
 /// `SentencePiece`'s BPE as tokenizers does it: spaces become `▁`, unknown characters become bytes.
-fn sentence_piece(gguf: &Gguf, vocabulary: &Vocabulary) -> Result<Value> {
+fn sentence_piece<'a>(gguf: &Gguf, vocabulary: &'a Vocabulary<'_>) -> Result<Made<'a>> {
     let key = "tokenizer.ggml.scores";
     let scores = gguf.array(key)?.and_then(|array| array.floats()).ok_or_else(|| format!("metadata `{key}` is not a list of floats"))?;
     let scores: Vec<f32> = scores.collect();
@@ -207,25 +245,33 @@ fn sentence_piece(gguf: &Gguf, vocabulary: &Vocabulary) -> Result<Value> {
         decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
     }
     let unknown = gguf.integer("tokenizer.ggml.unknown_token_id")?.and_then(|id| vocabulary.tokens.get(id));
-    Ok(json!({
-        "version": "1.0", "truncation": null, "padding": null, "added_tokens": vocabulary.added(),
-        "normalizer": {"type": "Sequence", "normalizers": normalizers},
-        "pre_tokenizer": null,
-        "post_processor": null,
-        "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": {
-            "type": "BPE", "dropout": null, "unk_token": unknown, "continuing_subword_prefix": null, "end_of_word_suffix": null,
-            "fuse_unk": true, "byte_fallback": true, "ignore_merges": false, "vocab": vocabulary.json(), "merges": merges(vocabulary, &scores),
+    Ok(Made {
+        version: "1.0",
+        truncation: None,
+        padding: None,
+        added_tokens: vocabulary.added(),
+        normalizer: Some(json!({"type": "Sequence", "normalizers": normalizers})),
+        pre_tokenizer: None,
+        post_processor: None,
+        decoder: json!({"type": "Sequence", "decoders": decoders}),
+        model: Bpe {
+            r#type: "BPE",
+            unk_token: unknown.map(|token| &**token),
+            fuse_unk: true,
+            byte_fallback: true,
+            ignore_merges: false,
+            vocab: vocabulary,
+            merges: merges(vocabulary, &scores),
         },
-    }))
+    })
 }
 
 /// Every way to join two pieces to a third, the better score first and then the pieces in the order of their ids: how transformers'
 /// converter (`generate_merges`) gets merges from a vocabulary.
-fn merges(vocabulary: &Vocabulary, scores: &[f32]) -> Vec<[String; 2]> {
+fn merges<'a>(vocabulary: &'a Vocabulary<'_>, scores: &[f32]) -> Vec<[&'a str; 2]> {
     let mut merges = Vec::new();
     for (id, piece) in vocabulary.tokens.iter().enumerate() {
-        if matches!(vocabulary.kinds[id], UNKNOWN | CONTROL) || piece.len() > 4 * LONGEST_MERGE || vocabulary.ids.get(piece) != Some(&id) {
+        if matches!(vocabulary.kinds[id], UNKNOWN | CONTROL) || piece.len() > 4 * LONGEST_MERGE || vocabulary.ids.get(&**piece) != Some(&id) {
             continue;
         }
         for (at, _) in piece.char_indices().skip(1) {
@@ -235,11 +281,11 @@ fn merges(vocabulary: &Vocabulary, scores: &[f32]) -> Vec<[String; 2]> {
         }
     }
     merges.sort_by(|a, b| b.0.total_cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
-    merges.into_iter().map(|(_, left, right)| [vocabulary.tokens[left].clone(), vocabulary.tokens[right].clone()]).collect()
+    merges.into_iter().map(|(_, left, right)| [left, right].map(|id| &*vocabulary.tokens[id])).collect()
 }
 
 /// Puts BOS before a text and EOS after it.
-fn template([bos, eos]: [Option<(&usize, &String)>; 2]) -> Value {
+fn template([bos, eos]: [Option<(&usize, &Cow<'_, str>)>; 2]) -> Value {
     let sequence = |id: &str, kind: usize| {
         let mut parts = Vec::new();
         parts.extend(bos.map(|(_, token)| json!({"SpecialToken": {"id": token, "type_id": kind}})));
@@ -247,7 +293,7 @@ fn template([bos, eos]: [Option<(&usize, &String)>; 2]) -> Value {
         parts.extend(eos.map(|(_, token)| json!({"SpecialToken": {"id": token, "type_id": kind}})));
         parts
     };
-    let special = [bos, eos].into_iter().flatten().map(|(id, token)| (token.clone(), json!({"id": token, "ids": [id], "tokens": [token]})));
+    let special = [bos, eos].into_iter().flatten().map(|(id, token)| (token.to_string(), json!({"id": token, "ids": [id], "tokens": [token]})));
     let pair = [sequence("A", 0), sequence("B", 1)].concat();
     json!({
         "type": "TemplateProcessing", "single": sequence("A", 0), "pair": pair,
