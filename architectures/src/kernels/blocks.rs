@@ -95,6 +95,8 @@ impl Kernel for Quantise<'_> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let groups = self.x.as_chunks::<GROUP>().0.iter().zip(self.levels.as_chunks_mut::<GROUP>().0);
+        // SAFETY: the CPU has the instructions.
+        let (one, zero) = unsafe { (S::splat(1.0), S::splat(0.0)) };
         for (group, (x, levels)) in groups.enumerate() {
             // Of numbers without a sign the bits have the same order, and the largest of integers is found in any order.
             let mut max = 0;
@@ -103,23 +105,32 @@ impl Kernel for Quantise<'_> {
             }
             let max = f32::from_bits(max);
             let (scale, inverse) = if max > 0.0 { (max / 127.0, 127.0 / max) } else { (0.0, 0.0) };
-            // Each loop from one array into another: the compiler then knows that they do not overlap.
-            let (mut whole, mut bytes, mut sums) = ([0i32; GROUP], [0i8; GROUP], [0i32; 2]);
+            let mut whole = [0i32; GROUP];
             for (whole, x) in whole.iter_mut().zip(x) {
                 // What ROUND has rounded stands in the low bits.
                 *whole = (x * inverse + ROUND).to_bits().wrapping_sub(ROUND.to_bits()).cast_signed();
             }
-            for (byte, whole) in bytes.iter_mut().zip(&whole) {
-                *byte = *whole as i8;
+            for (level, whole) in levels.iter_mut().zip(&whole) {
+                *level = *whole as i8;
             }
-            for (sum, whole) in sums.iter_mut().zip(whole.as_chunks::<16>().0) {
-                *sum = whole.iter().sum();
+            // Once more in f32, where sums of so small numbers are exact: integers would be taken out of their vectors one by one.
+            let mut sums = [zero; 4];
+            for (sum, x) in sums.iter_mut().zip(x.as_chunks::<16>().0) {
+                for at in (0..16).step_by(S::LANES) {
+                    // SAFETY: the CPU has the instructions, and so many elements follow.
+                    unsafe {
+                        let scaled = S::mul_add(S::load(x[at..].as_ptr()), S::splat(inverse), zero);
+                        let whole = S::mul_add(one, S::mul_add(one, scaled, S::splat(ROUND)), S::splat(-ROUND));
+                        *sum = S::mul_add(one, whole, *sum);
+                    }
+                }
             }
-            *levels = bytes;
+            // SAFETY: the CPU has the instructions.
+            let [first, second, ..] = unsafe { S::sums(sums) };
             self.scales[group] = scale;
-            self.halves[2 * group] = scale * sums[0] as f32;
-            self.halves[2 * group + 1] = scale * sums[1] as f32;
-            self.sums[group] = scale * (sums[0] + sums[1]) as f32;
+            self.halves[2 * group] = scale * first;
+            self.halves[2 * group + 1] = scale * second;
+            self.sums[group] = scale * (first + second);
         }
     }
 }

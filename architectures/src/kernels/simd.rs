@@ -233,7 +233,8 @@ pub(super) const ROUND: f32 = 12_582_912.0;
 pub(super) fn exp(x: f32) -> f32 {
     // Cephes' expf: x = n ln 2 + r with ln 2 in two parts, then a polynomial in r.
     let bounded = x.clamp(-87.0, 88.0);
-    let n = (bounded * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let rounded = bounded * std::f32::consts::LOG2_E + ROUND;
+    let n = rounded - ROUND;
     let r = bounded - n * 0.693_359_4 + n * 2.121_944_4e-4;
     let p = 1.987_569_1e-4;
     let p = p * r + 1.398_2e-3;
@@ -241,7 +242,8 @@ pub(super) fn exp(x: f32) -> f32 {
     let p = p * r + 4.166_579_6e-2;
     let p = p * r + 0.166_666_65;
     let p = p * r + 0.5;
-    let scale = f32::from_bits(((n as i32 + 127) << 23) as u32);
+    // n stands in the low bits, too; a conversion that saturates is none of vectors.
+    let scale = f32::from_bits(rounded.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23);
     let y = (p * r * r + r + 1.0) * scale;
     if x < -87.0 { 0.0 } else { y }
 }
