@@ -271,7 +271,8 @@ fn sentence_piece<'a>(gguf: &Gguf, vocabulary: &'a Vocabulary<'_>) -> Result<Mad
 fn merges<'a>(vocabulary: &'a Vocabulary<'_>, scores: &[f32]) -> Vec<[&'a str; 2]> {
     let mut merges = Vec::new();
     for (id, piece) in vocabulary.tokens.iter().enumerate() {
-        if matches!(vocabulary.kinds[id], UNKNOWN | CONTROL) || piece.len() > 4 * LONGEST_MERGE || vocabulary.ids.get(&**piece) != Some(&id) {
+        if matches!(vocabulary.kinds[id], UNKNOWN | CONTROL) || piece.len() > 4 * LONGEST_MERGE || vocabulary.ids.get(&**piece) != Some(&id)
+        {
             continue;
         }
         for (at, _) in piece.char_indices().skip(1) {
@@ -293,7 +294,8 @@ fn template([bos, eos]: [Option<(&usize, &Cow<'_, str>)>; 2]) -> Value {
         parts.extend(eos.map(|(_, token)| json!({"SpecialToken": {"id": token, "type_id": kind}})));
         parts
     };
-    let special = [bos, eos].into_iter().flatten().map(|(id, token)| (token.to_string(), json!({"id": token, "ids": [id], "tokens": [token]})));
+    let special =
+        [bos, eos].into_iter().flatten().map(|(id, token)| (token.to_string(), json!({"id": token, "ids": [id], "tokens": [token]})));
     let pair = [sequence("A", 0), sequence("B", 1)].concat();
     json!({
         "type": "TemplateProcessing", "single": sequence("A", 0), "pair": pair,
