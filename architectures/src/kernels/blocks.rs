@@ -25,7 +25,7 @@ pub(super) const AHEAD: usize = 768;
 /// Elements of x that share a scale.
 pub(super) const GROUP: usize = 32;
 /// Elements of x that are worth a parallel loop.
-const MANY: usize = 1 << 14;
+const MANY: usize = 1 << 12;
 /// With more rows of x than this the products, not the weights, are what takes time.
 const FAR: usize = 16;
 /// The sign of an f32.

@@ -7,6 +7,8 @@
 //! All products of a step that do not need each other ([`Job`]) are one parallel loop: q, k and v; the gate and up projections of all chosen
 //! experts; their down projections.
 
+use std::cell::Cell;
+
 use half::bf16;
 
 #[cfg(target_arch = "x86_64")]
@@ -316,28 +318,36 @@ impl Part<'_> {
                 }
             }
             Operation::Gated([gate, up], activation) => {
-                let mut both = vec![0f32; 2 * n * out];
-                let (gates, ups) = both.split_at_mut(n * out);
+                let mut both = BOTH.take();
+                both.resize(both.len().max(2 * n * out), 0.0);
+                let (gates, ups) = both[..2 * n * out].split_at_mut(n * out);
                 for ((weights, bias), z) in [(gate, &mut *gates), (up, &mut *ups)] {
                     block(*weights, z.as_mut_ptr(), out);
                     if let Some(bias) = bias {
                         z.chunks_exact_mut(out).for_each(|z| z.iter_mut().zip(&bias[start..]).for_each(|(z, bias)| *z += bias));
                     }
                 }
-                kernels.run(Activate { gates, ups, activation: *activation });
-                for (i, z) in gates.chunks_exact(out).enumerate() {
+                for (i, (gates, ups)) in gates.chunks_exact(out).zip(ups.chunks_exact(out)).enumerate() {
                     // SAFETY: as above.
-                    unsafe { std::slice::from_raw_parts_mut(y.add(i * weights.rows), out) }.copy_from_slice(z);
+                    let y = unsafe { std::slice::from_raw_parts_mut(y.add(i * weights.rows), out) };
+                    kernels.run(Activate { gates, ups, y, activation: *activation });
                 }
+                BOTH.set(both);
             }
         }
     }
 }
 
-/// gates = act(gates) * ups
+thread_local! {
+    /// Room for what gate and up projections give.
+    static BOTH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
+
+/// y = act(gates) * ups
 struct Activate<'a> {
-    gates: &'a mut [f32],
+    gates: &'a [f32],
     ups: &'a [f32],
+    y: &'a mut [f32],
     activation: Activation,
 }
 
@@ -348,17 +358,18 @@ impl Kernel for Activate<'_> {
     unsafe fn run<S: Simd>(self) {
         /// sqrt(2 / pi)
         const SLOPE: f32 = 0.797_884_6;
-        let pairs = self.gates.iter_mut().zip(self.ups);
+        let all = self.y.iter_mut().zip(self.gates.iter().zip(self.ups));
         match self.activation {
-            Activation::Silu => pairs.for_each(|(gate, up)| *gate = *gate / (1.0 + exp(-*gate)) * up),
-            Activation::Relu => pairs.for_each(|(gate, up)| *gate = gate.max(0.0) * up),
-            Activation::Gelu => pairs.for_each(|(gate, up)| {
-                let x = *gate * std::f32::consts::FRAC_1_SQRT_2;
-                *gate = 0.5 * *gate * (1.0 + candle_core::cpu::erf::erf_f32(x)) * up;
+            Activation::Silu => all.for_each(|(y, (gate, up))| *y = gate / (1.0 + exp(-gate)) * up),
+            Activation::Relu => all.for_each(|(y, (gate, up))| *y = gate.max(0.0) * up),
+            Activation::Gelu => all.for_each(|(y, (gate, up))| {
+                let x = gate * std::f32::consts::FRAC_1_SQRT_2;
+                *y = 0.5 * gate * (1.0 + candle_core::cpu::erf::erf_f32(x)) * up;
             }),
-            Activation::GeluTanh => pairs.for_each(|(gate, up)| {
-                let x = SLOPE * *gate * (1.0 + 0.044_715 * *gate * *gate);
-                *gate = 0.5 * *gate * (1.0 + x.tanh()) * up;
+            // (1 + tanh(x)) / 2 is 1 / (1 + exp(-2 x)).
+            Activation::GeluTanh => all.for_each(|(y, (gate, up))| {
+                let x = SLOPE * gate * (1.0 + 0.044_715 * gate * gate);
+                *y = gate / (1.0 + exp(-2.0 * x)) * up;
             }),
         }
     }
