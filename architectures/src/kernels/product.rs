@@ -29,7 +29,7 @@ const TASK: usize = 128 << 10;
 /// The same, at most, where weights are read but once: the beginning of a task is not foreseen, neither by the CPU nor by what fetches ahead.
 const LONG_TASK: usize = 1 << 20;
 /// As many tasks of weights that are read but once should come to each thread.
-const SHARE: usize = 4;
+const SHARE: usize = 6;
 /// With so many rows of x the weights, not the products, are what takes time.
 const FEW: usize = 16;
 /// Rows of x in a task.
