@@ -172,7 +172,7 @@ impl Sampler {
 
     fn draw(&mut self, logits: &[f32]) -> u32 {
         let s = &self.sampling;
-        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let max = largest(logits);
         if !max.is_finite() {
             return most_likely(logits);
         }
@@ -217,15 +217,26 @@ fn sum(kept: &[(f32, u32)]) -> f32 {
     kept.iter().map(|(weight, _)| weight).sum()
 }
 
-/// The first of the largest.
+/// The first of the largest; where all are impossible, token 0.
 fn most_likely(logits: &[f32]) -> u32 {
-    let mut best = (0, f32::NEG_INFINITY);
-    for (token, &logit) in logits.iter().enumerate() {
-        if logit > best.1 {
-            best = (token, logit);
+    let max = largest(logits);
+    let first = logits.iter().position(|logit| *logit >= max);
+    first.filter(|_| max > f32::NEG_INFINITY).unwrap_or(0) as u32
+}
+
+/// The largest that is a number.
+fn largest(logits: &[f32]) -> f32 {
+    const LANES: usize = 16;
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    // Lanes of their own, which the compiler keeps in vectors.
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (whole, rest) = logits.as_chunks::<LANES>();
+    for chunk in whole {
+        for (lane, logit) in lanes.iter_mut().zip(chunk) {
+            *lane = larger(*lane, *logit);
         }
     }
-    best.0 as u32
+    lanes.into_iter().chain(rest.iter().copied()).fold(f32::NEG_INFINITY, larger)
 }
 
 #[cfg(test)]

@@ -21,7 +21,10 @@ use std::{
 };
 
 use tokio::sync::mpsc::UnboundedSender;
-use upcycle_architectures::decoder::{DecoderError, LanguageModel, Logits, Memory, Step};
+use upcycle_architectures::{
+    decoder::{DecoderError, LanguageModel, Logits, Memory, Step},
+    kernels::parallel_map,
+};
 use upcycle_routers::route::Steering;
 
 use super::{
@@ -270,8 +273,11 @@ pub(super) fn run<M: LanguageModel>(model: &M, desk: &Desk) {
 
         match pass(model, desk.experts.as_deref(), &mut active, &shares, &mut pace) {
             Ok(seen) => {
-                for ((mut sequence, share), seen) in std::mem::take(&mut active).into_iter().zip(&shares).zip(seen) {
-                    match sequence.take(share, seen, model) {
+                // A draw from a large vocabulary takes long.
+                let all = std::mem::take(&mut active).into_iter().zip(&shares).zip(seen).collect();
+                let taken = parallel_map(all, |((mut sequence, share), seen)| (sequence.take(share, seen, model), sequence));
+                for (flow, sequence) in taken {
+                    match flow {
                         ControlFlow::Continue(()) => active.push(sequence),
                         ControlFlow::Break(()) => prefixes.keep(sequence.tokens, sequence.cache),
                     }

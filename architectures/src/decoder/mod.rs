@@ -105,9 +105,9 @@ pub struct NoProbe;
 impl Probe for NoProbe {}
 
 /// What gives the next tokens' logits: a [`Decoder`], or an [`Ensemble`] of whole ones.
-pub trait LanguageModel {
+pub trait LanguageModel: Sync {
     /// What is remembered of one sequence.
-    type Cache: Memory;
+    type Cache: Memory + Send;
 
     /// Dimensions and switches.
     fn config(&self) -> &Config;

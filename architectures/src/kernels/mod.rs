@@ -34,6 +34,7 @@ mod x86_blocks;
 mod x86_lanes;
 
 use self::simd::{Kernel, Plain};
+pub use self::team::parallel_map;
 pub(crate) use self::team::{parallel, parallel_pieces};
 
 /// Which instructions the kernels use.

@@ -1,24 +1,25 @@
 //! A loop over tasks on the threads of rayon's pool, begun and ended in well under a microsecond.
 //!
 //! A token passes through some hundred parallel loops of tens to hundreds of microseconds each. rayon's workers go to sleep between two of
-//! them and take tens of microseconds to wake. Here they linger: a loop asks workers of the pool for help, and those who come stay for the
-//! next loops of the same thread until none has begun for [`LINGER`]. Nobody waits for helpers who have not come (the pool may be busy), so
+//! them and take tens of microseconds to wake, all of them where one was asked for. Here they linger: a loop asks workers of the pool for help, and
+//! those who come stay for the next loops of the same thread until none has begun for [`LINGER`]. Nobody waits for helpers who have not come (the pool may be busy), so
 //! a loop is as fast as the thread alone in the worst case. Loops do not nest: a loop inside a task runs on the task's thread.
 
 use std::{
     cell::{Cell, UnsafeCell},
     hint, mem,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
     thread,
     time::{Duration, Instant},
 };
 
-/// How long helpers wait for another loop. Much longer than what lies between two loops of a forward pass, and short enough that whoever
-/// else wants the core hardly waits.
-const LINGER: Duration = Duration::from_micros(100);
+/// How long helpers wait for another loop: longer than what lies between two forward passes, where a server draws and sends tokens.
+const LINGER: Duration = Duration::from_millis(2);
+/// How long they wait before they offer the core to others: longer than what lies between two loops of a forward pass.
+const ALONE: Duration = Duration::from_micros(50);
 /// Turns of a waiting loop between two looks at the clock, or two offers of the core to others.
 const TURNS: u32 = 64;
 
@@ -53,6 +54,17 @@ pub(crate) fn parallel_pieces<F: Fn(usize, &mut [f32]) + Sync>(data: &mut [f32],
         // SAFETY: within `data`, which is borrowed until all tasks have ended.
         task(piece, unsafe { std::slice::from_raw_parts_mut(start.at(offset), length.min(total - offset)) });
     });
+}
+
+/// What `make` makes of each item, in parallel.
+pub fn parallel_map<T: Send, R: Send>(items: Vec<T>, make: impl Fn(T) -> R + Sync) -> Vec<R> {
+    let items: Vec<_> = items.into_iter().map(|item| Mutex::new((Some(item), None))).collect();
+    parallel(items.len(), |i| {
+        // Nobody else asks for this one.
+        let mut place = items[i].lock().unwrap_or_else(PoisonError::into_inner);
+        place.1 = place.0.take().map(&make);
+    });
+    items.into_iter().filter_map(|place| place.into_inner().unwrap_or_else(PoisonError::into_inner).1).collect()
 }
 
 type Task<'a> = &'a (dyn Fn(usize) + Sync);
@@ -130,8 +142,14 @@ impl Team {
             }
             hint::spin_loop();
             turn = turn.wrapping_add(1);
-            if turn.is_multiple_of(TURNS) && idle.elapsed() > LINGER {
-                break;
+            if turn.is_multiple_of(TURNS) {
+                let idle = idle.elapsed();
+                if idle > LINGER {
+                    break;
+                }
+                if idle > ALONE {
+                    thread::yield_now();
+                }
             }
         }
         self.helpers.fetch_sub(1, Ordering::Relaxed);
@@ -187,6 +205,12 @@ mod tests {
         parallel_pieces(&mut data, 10, |piece, data| data.iter_mut().for_each(|x| *x += piece as f32 + 1.0));
         assert!(data.iter().enumerate().all(|(i, x)| *x as usize == i / 10 + 1));
         parallel_pieces(&mut [], 10, |_, _| unreachable!("there are no pieces"));
+    }
+
+    #[test]
+    fn items_become_what_is_made_of_them_in_their_order() {
+        let made = parallel_map((0..50).map(|i| i.to_string()).collect(), |text| text + "!");
+        assert!(made.len() == 50 && made.iter().enumerate().all(|(i, text)| *text == format!("{i}!")));
     }
 
     #[test]

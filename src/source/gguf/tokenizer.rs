@@ -87,7 +87,6 @@ struct Bpe<'a> {
     fuse_unk: bool,
     byte_fallback: bool,
     ignore_merges: bool,
-    #[serde(serialize_with = "Vocabulary::serialize")]
     vocab: &'a Vocabulary<'a>,
     merges: Vec<[&'a str; 2]>,
 }
@@ -114,12 +113,6 @@ impl<'a> Vocabulary<'a> {
         Ok(Self { tokens, kinds, ids })
     }
 
-    /// `vocab` of tokenizer.json, in the order of the ids.
-    fn serialize<S: Serializer>(vocabulary: &&Self, to: S) -> std::result::Result<S::Ok, S::Error> {
-        let tokens = vocabulary.tokens.iter().enumerate().map(|(id, token)| (token, id));
-        to.collect_map(tokens.filter(|(token, id)| vocabulary.ids.get(&***token) == Some(id)))
-    }
-
     /// `added_tokens` of tokenizer.json: the tokens that are cut out of a text before it is split.
     fn added(&self) -> Vec<Value> {
         let kinds = self.kinds.iter().zip(self.tokens).enumerate();
@@ -132,6 +125,14 @@ impl<'a> Vocabulary<'a> {
                 })
             })
             .collect()
+    }
+}
+
+/// `vocab` of tokenizer.json, in the order of the ids.
+impl Serialize for Vocabulary<'_> {
+    fn serialize<S: Serializer>(&self, to: S) -> std::result::Result<S::Ok, S::Error> {
+        let tokens = self.tokens.iter().enumerate().map(|(id, token)| (token, id));
+        to.collect_map(tokens.filter(|(token, id)| self.ids.get(&***token) == Some(id)))
     }
 }
 
