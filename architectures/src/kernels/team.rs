@@ -1,13 +1,15 @@
 //! A loop over tasks on the threads of rayon's pool, begun and ended in well under a microsecond.
 //!
 //! A token passes through some hundred parallel loops of tens to hundreds of microseconds each. rayon's workers go to sleep between two of
-//! them and take tens of microseconds to wake, all of them where one was asked for. Here they linger: a loop asks workers of the pool for help, and
-//! those who come stay for the next loops of the same thread until none has begun for [`LINGER`]. Nobody waits for helpers who have not come (the pool may be busy), so
-//! a loop is as fast as the thread alone in the worst case. Loops do not nest: a loop inside a task runs on the task's thread.
+//! them and take tens of microseconds to wake, all of them where one was asked for. Here they linger: a loop asks workers of the pool for
+//! help, and those who come stay for the next loops of the same thread until none has begun for [`LINGER`]. Nobody waits for helpers who
+//! have not come (the pool may be busy), so a loop is as fast as the thread alone in the worst case. Loops do not nest: a loop inside a task
+//! runs on the task's thread.
 
 use std::{
     cell::{Cell, UnsafeCell},
     hint, mem,
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -57,14 +59,18 @@ pub(crate) fn parallel_pieces<F: Fn(usize, &mut [f32]) + Sync>(data: &mut [f32],
 }
 
 /// What `make` makes of each item, in parallel.
+///
+/// # Panics
+/// If `make` does, on the thread that called, when all items are done.
 pub fn parallel_map<T: Send, R: Send>(items: Vec<T>, make: impl Fn(T) -> R + Sync) -> Vec<R> {
     let items: Vec<_> = items.into_iter().map(|item| Mutex::new((Some(item), None))).collect();
     parallel(items.len(), |i| {
-        // Nobody else asks for this one.
+        // Nobody else asks for this one; a panic of a helper's would end the process.
         let mut place = items[i].lock().unwrap_or_else(PoisonError::into_inner);
-        place.1 = place.0.take().map(&make);
+        place.1 = place.0.take().map(|item| catch_unwind(AssertUnwindSafe(|| make(item))));
     });
-    items.into_iter().filter_map(|place| place.into_inner().unwrap_or_else(PoisonError::into_inner).1).collect()
+    let made = items.into_iter().filter_map(|place| place.into_inner().unwrap_or_else(PoisonError::into_inner).1);
+    made.map(|made| made.unwrap_or_else(|panic| resume_unwind(panic))).collect()
 }
 
 type Task<'a> = &'a (dyn Fn(usize) + Sync);
@@ -211,6 +217,8 @@ mod tests {
     fn items_become_what_is_made_of_them_in_their_order() {
         let made = parallel_map((0..50).map(|i| i.to_string()).collect(), |text| text + "!");
         assert!(made.len() == 50 && made.iter().enumerate().all(|(i, text)| *text == format!("{i}!")));
+        let failed = catch_unwind(|| parallel_map((0..50).collect(), |i| assert_ne!(i % 2, 1, "odd")));
+        assert!(failed.is_err(), "on whichever thread it was");
     }
 
     #[test]

@@ -80,10 +80,41 @@ struct Made<'a> {
     model: Bpe<'a>,
 }
 
+impl<'a> Made<'a> {
+    /// Without steps before and after the model.
+    fn of(vocabulary: &'a Vocabulary<'a>, merges: Vec<[&'a str; 2]>, decoder: Value) -> Self {
+        Self {
+            version: "1.0",
+            truncation: None,
+            padding: None,
+            added_tokens: vocabulary.added(),
+            normalizer: None,
+            pre_tokenizer: None,
+            post_processor: None,
+            decoder,
+            model: Bpe {
+                r#type: "BPE",
+                dropout: None,
+                unk_token: None,
+                continuing_subword_prefix: None,
+                end_of_word_suffix: None,
+                fuse_unk: false,
+                byte_fallback: false,
+                ignore_merges: false,
+                vocab: vocabulary,
+                merges,
+            },
+        }
+    }
+}
+
 #[derive(Serialize)]
 struct Bpe<'a> {
     r#type: &'static str,
+    dropout: Option<f32>,
     unk_token: Option<&'a str>,
+    continuing_subword_prefix: Option<&'a str>,
+    end_of_word_suffix: Option<&'a str>,
     fuse_unk: bool,
     byte_fallback: bool,
     ignore_merges: bool,
@@ -195,25 +226,11 @@ fn byte_level<'a>(gguf: &Gguf, vocabulary: &'a Vocabulary<'_>) -> Result<(Made<'
         .map(|pattern| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false}))
         .collect();
     steps.push(json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false}));
-    let tokenizer = Made {
-        version: "1.0",
-        truncation: None,
-        padding: None,
-        added_tokens: vocabulary.added(),
-        normalizer: splitting.nfc.then(|| json!({"type": "NFC"})),
-        pre_tokenizer: Some(json!({"type": "Sequence", "pretokenizers": steps})),
-        post_processor: None,
-        decoder: json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true}),
-        model: Bpe {
-            r#type: "BPE",
-            unk_token: None,
-            fuse_unk: false,
-            byte_fallback: false,
-            ignore_merges: splitting.ignore_merges,
-            vocab: vocabulary,
-            merges,
-        },
-    };
+    let decoder = json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true});
+    let mut tokenizer = Made::of(vocabulary, merges, decoder);
+    tokenizer.normalizer = splitting.nfc.then(|| json!({"type": "NFC"}));
+    tokenizer.pre_tokenizer = Some(json!({"type": "Sequence", "pretokenizers": steps}));
+    tokenizer.model.ignore_merges = splitting.ignore_merges;
     Ok((tokenizer, splitting.bos))
 }
 
@@ -246,25 +263,11 @@ fn sentence_piece<'a>(gguf: &Gguf, vocabulary: &'a Vocabulary<'_>) -> Result<Mad
         decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
     }
     let unknown = gguf.integer("tokenizer.ggml.unknown_token_id")?.and_then(|id| vocabulary.tokens.get(id));
-    Ok(Made {
-        version: "1.0",
-        truncation: None,
-        padding: None,
-        added_tokens: vocabulary.added(),
-        normalizer: Some(json!({"type": "Sequence", "normalizers": normalizers})),
-        pre_tokenizer: None,
-        post_processor: None,
-        decoder: json!({"type": "Sequence", "decoders": decoders}),
-        model: Bpe {
-            r#type: "BPE",
-            unk_token: unknown.map(|token| &**token),
-            fuse_unk: true,
-            byte_fallback: true,
-            ignore_merges: false,
-            vocab: vocabulary,
-            merges: merges(vocabulary, &scores),
-        },
-    })
+    let mut tokenizer = Made::of(vocabulary, merges(vocabulary, &scores), json!({"type": "Sequence", "decoders": decoders}));
+    tokenizer.normalizer = Some(json!({"type": "Sequence", "normalizers": normalizers}));
+    (tokenizer.model.fuse_unk, tokenizer.model.byte_fallback) = (true, true);
+    tokenizer.model.unk_token = unknown.map(|token| &**token);
+    Ok(tokenizer)
 }
 
 /// Every way to join two pieces to a third, the better score first and then the pieces in the order of their ids: how transformers'
